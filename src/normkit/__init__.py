@@ -1,0 +1,1 @@
+"""Normalization layers, kernels, studies and tools for PyTorch."""
