@@ -7,10 +7,13 @@ Ioffe & Szegedy 2015, Figures 1 to 3. The rule, fixed before any run:
 - Fewer steps: per seed the log ratio of the steps to the target, without over with batch norm. A
   run that never reaches it, or diverges, counts as reaching it at the very end. The claim holds
   when the 95 % interval of the median ratio lies above 1, is reversed when it lies below 1.
-- Larger rates: per seed, how far test accuracy falls from the base rate to the largest raised rate
-  that both networks were trained at, without minus with batch norm (a diverged run has accuracy
-  0). It holds when the interval of the median lies above one percentage point, is reversed when it
-  lies below minus one.
+- Larger rates: per seed and raised rate (5x, 30x), how far test accuracy falls from the base rate
+  to the raised one, without minus with batch norm (a diverged run has accuracy 0). It holds at that
+  rate when the interval of the median lies above one percentage point, and batch norm's own fall is
+  not shown to be more than one point; reversed likewise. It holds when it does at either rate and
+  is reversed at neither. Two looks: without an effect it is conclusive in at most 1 of 10 studies
+  (1 of 16 at six seeds), and the margin of a point makes that rarer still. The arm without norm at
+  30x is not in the paper; without it nothing could be said of what batch norm bears at 30x.
 - Control: a second set of runs without normalization, with other seeds, goes through the first
   rule as if it were a treatment. It must come out inconclusive.
 """
@@ -140,29 +143,31 @@ def _fewer_steps(
 
 
 def _larger_rates(runs: Mapping[str, Sequence[Run]]) -> Verdict | None:
-    if "batch" not in runs:
+    factors = [f for f in (30, 5) if {"batch", f"none-x{f}", f"batch-x{f}"} <= runs.keys()]
+    if not factors:
         return None
-    shared = [f for f in (30, 5) if {f"none-x{f}", f"batch-x{f}"} <= runs.keys()]
-    if not shared:
-        return None
-    factor = shared[0]
-    batch = accuracy_falls(runs["batch"], runs[f"batch-x{factor}"])
-    none = accuracy_falls(runs["none"], runs[f"none-x{factor}"])
-    effect = estimate([none[seed] - batch[seed] for seed in none if seed in batch])
-    text = (
-        f"At {factor} times the rate median test accuracy changes by "
-        f"{_points(-estimate(list(batch.values())).median)} points with batch norm and by "
-        f"{_points(-estimate(list(none.values())).median)} without; per seed, batch norm loses "
-        f"{_points(effect.median)} points less ({_interval(effect, _points)})."
-    )
-    for other in shared[1:]:
-        batch = accuracy_falls(runs["batch"], runs[f"batch-x{other}"])
-        none = accuracy_falls(runs["none"], runs[f"none-x{other}"])
-        text += (
-            f" At {other} times: {_points(-estimate(list(batch.values())).median)} with, "
-            f"{_points(-estimate(list(none.values())).median)} without."
+    words, sentences = set(), []
+    for factor in factors:
+        batch = accuracy_falls(runs["batch"], runs[f"batch-x{factor}"])
+        none = accuracy_falls(runs["none"], runs[f"none-x{factor}"])
+        effect = estimate([none[seed] - batch[seed] for seed in none if seed in batch])
+        with_norm, without = estimate(list(batch.values())), estimate(list(none.values()))
+        words.add(_borne(effect, with_norm, without))
+        sentences.append(
+            f"At {factor} times the rate test accuracy changes by {_points(-with_norm.median)} "
+            f"points with batch norm and by {_points(-without.median)} without: "
+            f"{_points(effect.median)} in its favour ({_interval(effect, _points)})."
         )
-    return Verdict("Larger rates", word(effect, MARGIN), text)
+    decided = words - {"inconclusive"}
+    outcome = decided.pop() if len(decided) == 1 else "inconclusive"
+    return Verdict("Larger rates", outcome, " ".join(sentences))
+
+
+def _borne(effect: Estimate, with_norm: Estimate, without: Estimate) -> str:
+    """Return the verdict at one raised rate; who wins by breaking less has not borne the rate."""
+    found = word(effect, MARGIN)
+    winner = {"holds": with_norm, "reversed": without}.get(found)
+    return "inconclusive" if winner is not None and winner.low > MARGIN else found
 
 
 def accuracy_falls(base: Sequence[Run], raised: Sequence[Run]) -> dict[int, float]:
@@ -238,7 +243,7 @@ def _count(value: float) -> str:
 
 
 def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
+    return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def _interval(effect: Estimate, show: Any) -> str:
