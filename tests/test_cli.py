@@ -20,7 +20,10 @@ def test_list_names_each_study_with_claim_and_source(capsys):
     ("words", "said"),
     [
         (["study", "speed", "--seed", "3"], "unknown option '--seed'; did you mean --seeds?"),
-        (["study", "speed", "--batchsize=3"], "unknown option '--batchsize=3'; did you mean --batch"),
+        (
+            ["study", "speed", "--batchsize=3"],
+            "unknown option '--batchsize=3'; did you mean --batch",
+        ),
         (["studdy"], "unknown 'studdy'; did you mean 'study'?"),
         (["study", "speed", "--steps", "many"], "invalid int value: 'many'"),
     ],
@@ -52,6 +55,8 @@ def test_without_the_extra_the_error_names_it():
 
 
 def test_the_command_line_imports_nothing_of_the_lab():
-    program = "import sys, normkit.cli; print([m for m in sys.modules if 'lab' in m or 'numpy' in m])"
+    program = (
+        "import sys, normkit.cli; print([m for m in sys.modules if 'lab' in m or 'numpy' in m])"
+    )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.stdout.strip() == "[]"

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import importlib
 import importlib.util
 import shlex
 import sys
@@ -24,9 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command == "info":
-        from normkit import backends
-
-        print(backends.report())
+        print(importlib.import_module("normkit.backends").report())
         return 0
     if options.command == "study":
         return _study(options)
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     """The standard parser, which names the nearest option or choice when one is unknown."""
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         found, extra = self.parse_known_args(args, namespace)
         if extra:
             known = [flag for flag in _flags(self, found) if flag.startswith("--")]

@@ -1,5 +1,6 @@
 """What the lab's tests share: the command as a user gives it, in a process of its own."""
 
+import importlib.util
 import os
 import sqlite3
 import subprocess
@@ -8,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-
-def pytest_collection_modifyitems(items):
-    for name in ("numpy", "scipy", "sklearn", "rich", "plotly"):
-        pytest.importorskip(name)
+# The studies are an extra: without it there is nothing to collect here.
+_NEEDS = ("numpy", "scipy", "sklearn", "rich", "plotly", "playwright")
+collect_ignore_glob = [] if all(map(importlib.util.find_spec, _NEEDS)) else ["test_*.py"]
 
 
 @pytest.fixture

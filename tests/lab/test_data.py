@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("sklearn")
-
 from normkit.lab.config import Config
 from normkit.lab.data import load_data
 from normkit.lab.errors import LabError, UserCodeError

@@ -5,8 +5,6 @@ import math
 import numpy as np
 import pytest
 
-pytest.importorskip("scipy")
-
 from normkit.lab.config import Config
 from normkit.lab.store import Run
 from normkit.lab.studies.speed import ARMS, judge, target_of
@@ -60,7 +58,7 @@ def test_a_planted_slowdown_is_reversed():
 
 @pytest.mark.parametrize("n", [6, 10])
 def test_without_an_effect_both_claims_are_inconclusive_at_the_stated_rate(n):
-    # At most 1 in 20 may be conclusive; of 100 studies that is 5, and more than 10 has a chance near 1 %.
+    # At most 1 in 20 may be conclusive; more than 10 of 100 has a chance near 1 %.
     for claim in ("Fewer steps", "Control (A/A)", "Larger rates"):
         found = rates(claim, 100, n)
         assert found["inconclusive"] >= 0.9, (claim, found)

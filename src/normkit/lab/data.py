@@ -83,7 +83,9 @@ def _finish(name: str, rule: str, parts: dict[str, Part], config: Config) -> Dat
         if y.ndim != 1:
             raise LabError(f"{where}: labels have shape {tuple(y.shape)}; give (N,) class numbers")
         if len(x) != len(y):
-            raise LabError(f"{where}: {len(x)} inputs but {len(y)} labels; give one label per input")
+            raise LabError(
+                f"{where}: {len(x)} inputs but {len(y)} labels; give one label per input"
+            )
         if len(x) == 0:
             raise LabError(f"{where} is empty; give at least one sample")
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
@@ -137,7 +139,7 @@ def _split(x: Tensor, y: Tensor) -> tuple[dict[str, Part], str]:
 
 
 def _digits() -> tuple[dict[str, Part], str]:
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     found = load_digits()
     x = torch.from_numpy(found.images).float().unsqueeze(1)
@@ -149,7 +151,9 @@ def _fashion(root: Path) -> tuple[dict[str, Part], str]:
         x = _idx(root, f"{stem}-images-idx3-ubyte", 3)
         y = _idx(root, f"{stem}-labels-idx1-ubyte", 1)
         if len(x) != len(y):
-            raise LabError(f"{root}: {len(x)} {stem} images but {len(y)} labels; get both files anew")
+            raise LabError(
+                f"{root}: {len(x)} {stem} images but {len(y)} labels; get both files anew"
+            )
         return x.unsqueeze(1).float(), y.long()
 
     x, y = pair("train")
@@ -202,7 +206,8 @@ _NPZ_HELP = (
 def _npz(path: Path) -> tuple[dict[str, Part], str]:
     try:
         # Never unpickled: a pickle runs code when it is read.
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
             if not hasattr(archive, "files"):
                 raise LabError(f"{path} is a single array, not an .npz; {_NPZ_HELP}")
             arrays = {key: _array(path, archive, key) for key in archive.files}

@@ -97,7 +97,9 @@ def _construct(
     if ":" in config.model:
         model = call(load(config.model, "model"), f"building model {config.model!r}", norm=norm)
         if not isinstance(model, nn.Module):
-            raise LabError(f"model {config.model!r} returned a {type(model).__name__}, no nn.Module")
+            raise LabError(
+                f"model {config.model!r} returned a {type(model).__name__}, no nn.Module"
+            )
         return model
     if config.model == "mlp":
         return mlp(int(torch.tensor(shape).prod()), classes, norm, act)

@@ -177,7 +177,7 @@ class Store:
                 steps.append(step)
                 # SQLite keeps NaN as null.
                 values.append(float("nan") if value is None else value)
-            yield Run(*row, curves)
+            yield Run(*row, curves=curves)
 
     def versions(self) -> list[dict[str, str]]:
         """Return the distinct sets of versions that made the runs."""
