@@ -21,7 +21,7 @@ _LAB_NEEDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 1 for input that can't be used, 2 for options, 130 on Ctrl-C."""
+    """Run the command; return 0, 1 for unusable input, 2 for bad options, 130 on Ctrl-C."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command == "info":

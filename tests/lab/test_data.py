@@ -143,10 +143,10 @@ def test_an_npz_that_is_missing_or_truncated(tmp_path):
     np.savez(tmp_path / "d.npz", x=X, y=Y)
     whole = (tmp_path / "d.npz").read_bytes()
     (tmp_path / "d.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(LabError, match="truncated or not an .npz"):
+    with pytest.raises(LabError, match="truncated or not an"):
         load(tmp_path / "d.npz")
-    with pytest.raises(LabError, match="can't be read|no such file"):
-        (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(LabError, match="can't be read"):
         load(tmp_path / "folder.npz")
 
 

@@ -96,7 +96,7 @@ def progress_in(path):
     return tuple(value or 0 for value in found)
 
 
-@pytest.mark.parametrize(("jobs", "whole_group"), [(1, False), (2, True), (2, False)])
+@pytest.mark.parametrize(("jobs", "whole_group"), [(1, False), (2, True)])
 def test_after_kill_9_the_same_command_ends_with_bitwise_the_unbroken_curves(
     jobs, whole_group, tmp_path
 ):
@@ -221,11 +221,10 @@ def test_a_folder_that_cannot_be_written(command, tmp_path):
     refused(command("speed", *FAST, "--out", "other"), "file is not a database")
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_a_full_disk_is_said_and_the_same_command_goes_on(jobs, command, tmp_path):
+def test_a_full_disk_is_said_and_the_same_command_goes_on(command, tmp_path):
     import resource
 
-    words = (*FAST, "--seeds", 2, "--steps", 600, "--jobs", jobs, "--eval-every", 1)
+    words = (*FAST, "--seeds", 2, "--steps", 600, "--jobs", 2, "--eval-every", 1)
     small = (60_000, resource.RLIM_INFINITY)
     full = command(
         "speed",

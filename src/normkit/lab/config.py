@@ -111,7 +111,7 @@ class Config:
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the options that a TOML file holds, under the names that the flags have.
 
-    Raises LabError for a file that is missing or not TOML, an unknown key, a value of the wrong type.
+    Raises LabError for a missing file, one that isn't TOML, an unknown key, a wrong type.
     """
     try:
         table = tomllib.loads(path.read_text("utf-8"))

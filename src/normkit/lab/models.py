@@ -84,7 +84,7 @@ def check(config: Config, data: Data, norms: list[str]) -> None:
 
 
 def last_hidden(model: nn.Module) -> nn.Module:
-    """Return the module whose input the report follows: the last activation, else the last layer."""
+    """Return the module whose input is followed: the last activation, else the last layer."""
     activations = [m for m in model.modules() if isinstance(m, _LAST_ACTIVATION)]
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
     return (activations or layers or [model])[-1]
@@ -136,7 +136,7 @@ def cnn(
 def resnet(
     channels: int, classes: int, norm: NormFactory | None, act: type[nn.Module] = nn.ReLU
 ) -> nn.Module:
-    """ResNet-20 in the style of He et al. 2015: three stages of three blocks, 16, 32, 64 channels."""
+    """ResNet-20 after He et al. 2015: three stages of three blocks, 16, 32, 64 channels."""
     layers: list[nn.Module] = [
         _drawn(nn.Conv2d(channels, 16, 3, padding=1), act),
         *_maybe(norm, 16),

@@ -19,7 +19,8 @@ body {
 main { max-width: 1080px; margin: 0 auto; padding: 64px 32px 96px; }
 header { max-width: 780px; }
 .kicker { margin: 0 0 12px; color: var(--muted); font-size: 14px; overflow-wrap: anywhere; }
-h1 { margin: 0 0 12px; font-size: 34px; line-height: 1.2; font-weight: 650; letter-spacing: -.015em; }
+h1 { margin: 0 0 12px; font-size: 34px; line-height: 1.2; font-weight: 650;
+  letter-spacing: -.015em; }
 h2 { margin: 0 0 14px; font-size: 21px; line-height: 1.3; font-weight: 620; }
 .source { margin: 0; color: var(--muted); font-size: 15px; }
 section { margin-top: 60px; }

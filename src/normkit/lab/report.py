@@ -92,7 +92,7 @@ def embedded(value: Any) -> str:
 
 
 def raw_numbers(runs: Sequence[Run]) -> str:
-    """Return the curves of all runs as CSV, a line per evaluation, thinned where it grows too long."""
+    """Return the curves of all runs as CSV, a line per evaluation, thinned where too long."""
     names = sorted({name for run in runs for name in run.curves})
     rows = []
     for run in runs:
@@ -178,7 +178,7 @@ def _method(
             f"{config.optimizer}, learning rate {config.lr:g} (times the arm's factor), batches of "
             f"{config.batch_size}, {config.steps:,} steps, measured every {config.eval_every}; "
             f"{config.seeds} seeds; {len(runs)} runs of {len(labels)} arms; on {config.device}, "
-            f"{config.threads} threads a run.",
+            f"{config.threads} thread{'s' * (config.threads > 1)} a run.",
         ),
         ("Versions", made),
     ]

@@ -88,6 +88,22 @@ class Store:
             self._lock.close()
             raise
 
+    @classmethod
+    def reopen(cls, folder: Path) -> "Store":
+        """Open a folder that has results, whatever they are of; raises LabError if it has none."""
+        if not (folder / FILE).is_file():
+            raise LabError(f"{folder} holds no {FILE}; run a study there first")
+        with _disk_errors(folder):
+            database = sqlite3.connect(folder / FILE)
+            row = database.execute("select value from meta where key = 'identity'").fetchone()
+            database.close()
+        return cls(folder, json.loads(row[0]))
+
+    def identity(self) -> dict[str, Any]:
+        """Return the study, configuration and data that the folder's results are of."""
+        row = self._database.execute("select value from meta where key = 'identity'").fetchone()
+        return dict(json.loads(row[0]))
+
     def _claim(self, identity: dict[str, Any]) -> None:
         row = self._database.execute("select value from meta where key = 'identity'").fetchone()
         if row is None:
@@ -177,7 +193,8 @@ class Store:
                 steps.append(step)
                 # SQLite keeps NaN as null.
                 values.append(float("nan") if value is None else value)
-            yield Run(*row, curves=curves)
+            run, arm, seed, status, step, seconds, accuracy = row
+            yield Run(run, arm, seed, status, step, seconds, accuracy, curves)
 
     def versions(self) -> list[dict[str, str]]:
         """Return the distinct sets of versions that made the runs."""

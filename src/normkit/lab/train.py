@@ -15,7 +15,7 @@ from normkit.lab.models import build, last_hidden
 
 # A run reports at most this often, so that writing the results costs the training nothing.
 _REPORT_SECONDS = 0.25
-# A checkpoint is due after a second, or later where writing one takes long: at most 2 % of the time.
+# A checkpoint is due after a second, or later where writing one takes long: at most 2 % of time.
 _CHECKPOINT_SECONDS = 1.0
 _CHECKPOINT_SHARE = 0.02
 _EVALUATION_BATCH = 500

@@ -23,9 +23,9 @@ def is_reference(name: str) -> bool:
 
 
 def load(reference: str, kind: str) -> Callable[..., Any]:
-    """Return the function that `package.module:function` names; the folder of the call is searched.
+    """Return the function that `package.module:function` names, also from the current folder.
 
-    Raises LabError when there is no such module or function, UserCodeError when importing it raises.
+    Raises LabError where there is no such module or function, UserCodeError if importing raises.
     """
     if not is_reference(reference):
         raise LabError(f"{kind} {reference!r} is not of the form package.module:function")
@@ -66,7 +66,7 @@ def call(function: Callable[..., Any], doing: str, /, *args: Any, **kwargs: Any)
 
 
 def their_traceback(error: BaseException, doing: str) -> str:
-    """Return the traceback of `error` as text, with the frames of the lab and the import left out."""
+    """Return the traceback of `error` as text, without the frames of the lab and the import."""
     summary = traceback.TracebackException.from_exception(error)
     part: traceback.TracebackException | None = summary
     while part is not None:

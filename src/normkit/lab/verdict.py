@@ -49,7 +49,7 @@ class Verdict:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return the median and its interval (at least 95 %, exact); infinity is a value like any other.
+    """Return the median and its exact interval (at least 95 %); infinity is a value like any.
 
     Raises ValueError without values.
     """

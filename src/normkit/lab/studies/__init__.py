@@ -1,4 +1,4 @@
-"""The studies: one file each, which holds the claim, its source, the arms, and the verdict's rule."""
+"""The studies: one file each, with its claim, its source, its arms, and its verdict's rule."""
 
 import importlib
 import pkgutil
@@ -15,9 +15,9 @@ from normkit.lab.verdict import Verdict
 
 @dataclass(frozen=True)
 class Figure:
-    """A plotly figure, as plain data; a colour "@name" is looked up in the page's light or dark set.
+    """A plotly figure, as plain data; a colour "@name" is one of the page's light or dark set.
 
-    `alt` says in words what is to be seen; `labels` stand at the right edge of a wide page.
+    `alt` says in words what is to be seen.
     """
 
     name: str

@@ -54,7 +54,7 @@ _MOST_POINTS = 400
 
 
 def judge(config: Config, runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Return the verdicts, table and figures for the runs of each arm (ended, keyed by arm name)."""
+    """Return the verdicts, table and figures for the runs of each arm (ended, by arm name)."""
     target = target_of(runs["none"])
     reached = {name: _steps(found, target) for name, found in runs.items()}
     arms = [arm for arm in ARMS if arm.name in runs]
@@ -332,9 +332,9 @@ def _accuracy_figure(
     return Figure(
         name="accuracy",
         title="Same accuracy, fewer steps",
-        caption="Validation accuracy, smoothed, against training steps (logarithmic). Lines: median "
-        "over seeds; bands: lowest to highest seed. A dot: the median step at which an arm's runs "
-        "first reach the target.",
+        caption="Validation accuracy, smoothed, against training steps (logarithmic). Lines: "
+        "median over seeds; bands: lowest to highest seed. A dot: the median step at which "
+        "an arm's runs first reach the target.",
         alt=f"Validation accuracy against steps. The target of {target:.1%} is reached by "
         f"{said or 'no arm'}.",
         traces=traces,
@@ -436,7 +436,7 @@ def _percentile_figure(runs: Mapping[str, Sequence[Run]]) -> Figure:
         caption="The 15th (dotted), 50th (solid) and 85th (dashed) percentile, over the validation "
         "samples, of what the first unit of the last hidden layer feeds its activation. First "
         "seed; the unit was fixed beforehand.",
-        alt="Three percentiles of one unit's input over training, without norm and with batch norm.",
+        alt="Three percentiles of one unit's input over training, without and with batch norm.",
         traces=traces,
         layout=layout,
     )
