@@ -17,8 +17,8 @@ OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
 NAMED_DATA = ("digits", "fashion-mnist")
 NAMED_MODELS = ("mlp", "cnn", "resnet")
 
-# Each rate is the one of {.03, .1, .3, 1, 3} at which the arm without normalization does best, so
-# that the comparison is against a well-tuned network. The grids are in docs/lab.md.
+# Rates at which the network without normalization ends within a percent of its best, so that the
+# comparison is against a well-tuned one. The grids, and what wasn't tuned, are in docs/lab.md.
 _RATES = {"mlp-sigmoid": 1.0, "mlp-tanh": 0.1, "mlp-relu": 0.1, "cnn": 0.3, "resnet": 0.1}
 _ADAPTIVE_RATE = 0.001
 _STEPS = {"mlp": 3000, "cnn": 1000, "resnet": 600}
