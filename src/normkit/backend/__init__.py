@@ -1,0 +1,55 @@
+"""The backends and the choice among them.
+
+A backend is a module with `available()`, `why_not(spec, inputs)`, `normalize(spec, inputs)` and
+`normalize_backward(spec, inputs, dy)`: functions that return tensors and mutate nothing. Autograd,
+running statistics and ranks live above this seam, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from ..spec import Inputs, Spec
+from . import reference
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference}
+"""In the order of preference; reference, the last, takes every call."""
+
+
+def choose(spec: Spec, inputs: Inputs) -> ModuleType:
+    """The first backend that takes this call."""
+    for calls in _watching:
+        calls.append((spec, inputs))
+    for backend in BACKENDS.values():
+        if backend.available() is None and backend.why_not(spec, inputs) is None:
+            return backend
+    raise RuntimeError("no backend takes this call; " + "; ".join(reasons(spec, inputs)))
+
+
+def reasons(spec: Spec, inputs: Inputs) -> list[str]:
+    """For each backend in order of preference: its name and whether it takes this call, or why not."""
+    return [
+        f"{name}: {backend.available() or backend.why_not(spec, inputs) or 'takes this call'}"
+        for name, backend in BACKENDS.items()
+    ]
+
+
+def name_of(module: ModuleType) -> str:
+    """The name under which a backend is known."""
+    return next(name for name, known in BACKENDS.items() if known is module)
+
+
+_watching: list[list[tuple[Spec, Inputs]]] = []
+
+
+@contextmanager
+def watch() -> Iterator[list[tuple[Spec, Inputs]]]:
+    """The calls for which a backend is chosen inside."""
+    calls: list[tuple[Spec, Inputs]] = []
+    _watching.append(calls)
+    try:
+        yield calls
+    finally:
+        _watching.remove(calls)

@@ -1,0 +1,223 @@
+"""The definition: plain torch operators, any device, any floating dtype, any order of derivative.
+
+Everything here is differentiable by torch, so the same lines serve as the eager kernels of this
+backend, as the second derivative of every backend, as the batching rule, and as what a compiler is
+given to fuse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..spec import Inputs, Spec, compute_dtype
+
+LEAKY_SLOPE = 0.01
+
+
+def available() -> str | None:
+    """Why this backend can't be used on this machine, or None."""
+    return None
+
+
+def why_not(spec: Spec, inputs: Inputs) -> str | None:
+    """Why this backend can't take this call, or None."""
+    return None
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype in which it is computed: at least float32."""
+    return x.to(compute_dtype(x.dtype))
+
+
+def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = act((x - mean) * rstd * weight + bias + residual), and (mean, rstd, variance) per pool.
+
+    The variance is the biased one (of RMS: the mean square); it is returned beside rstd because
+    1 / rstd² - eps loses it where eps dominates.
+    """
+    pool = spec.pool
+    standard, mean, rstd, var = _standardize(spec, inputs)
+    z = _affine(spec, inputs, standard)
+    y = pool.unview(_select(spec, inputs, ACTIVATIONS[spec.act][0](z)))
+    axes = pool.axes(standard.dim())
+    return y.to(inputs.x.dtype), mean.squeeze(axes), rstd.squeeze(axes), var.squeeze(axes)
+
+
+def normalize_backward(
+    spec: Spec, inputs: Inputs, dy: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Gradients of x, weight, bias, residual from that of y.
+
+    With dz = dy * act'(z) and g = dz * weight:
+    dx = rstd * (g - <g> - x̂ * <g * x̂>), <.> the mean over a pool, and dx = rstd * g where the
+    statistics were given; dweight = Σ dz * x̂, dbias = Σ dz, dresidual = dz. `inputs` may hold the
+    mean and rstd that `normalize` returned; without them they are taken from x again, differentiably.
+    """
+    pool, x, weight, bias = spec.pool, inputs.x, inputs.weight, inputs.bias
+    standard, _, rstd, _ = _standardize(spec, inputs)
+    dz = _select(spec, inputs, pool.view(wide(dy)))
+    if spec.act is not None:
+        dz = ACTIVATIONS[spec.act][1](_affine(spec, inputs, standard), dz)
+    g = dz if weight is None else dz * pool.spread_affine(wide(weight), dz.dim())
+    dx = pool.unview(_project(spec, inputs, g, standard, rstd))
+
+    def parameter_gradient(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
+        if parameter is None:
+            return None
+        total = gradient.sum(pool.affine_axes(gradient.dim()))
+        return total.reshape(parameter.shape).to(parameter.dtype)
+
+    return (
+        dx.to(x.dtype),
+        parameter_gradient(weight, dz * standard),
+        parameter_gradient(bias, dz),
+        pool.unview(dz).to(x.dtype),
+    )
+
+
+def normalize_tangent(
+    spec: Spec,
+    inputs: Inputs,
+    tx: Tensor | None,
+    tweight: Tensor | None,
+    tbias: Tensor | None,
+    tresidual: Tensor | None,
+) -> Tensor:
+    """The tangent of y: tx goes through the same projection as g does in the backward."""
+    pool = spec.pool
+    standard, _, rstd, _ = _standardize(spec, inputs)
+    ndim = standard.dim()
+    tz = torch.zeros_like(standard)
+    if tx is not None:
+        tx = _select(spec, inputs, pool.view(wide(tx)))
+        tx = _project(spec, inputs, tx, standard, rstd)
+        if inputs.weight is not None:
+            tx = tx * pool.spread_affine(wide(inputs.weight), ndim)
+        tz = tz + tx
+    if tweight is not None:
+        tz = tz + standard * pool.spread_affine(wide(tweight), ndim)
+    if tbias is not None:
+        tz = tz + pool.spread_affine(wide(tbias), ndim)
+    if tresidual is not None:
+        tz = tz + pool.view(wide(tresidual))
+    if spec.act is not None:
+        tz = ACTIVATIONS[spec.act][1](_affine(spec, inputs, standard), tz)
+    return pool.unview(_select(spec, inputs, tz)).to(inputs.x.dtype)
+
+
+def _standardize(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x̂ = (x - mean) * rstd as a view, with mean, rstd and variance that broadcast against it."""
+    pool = spec.pool
+    x = _select(spec, inputs, pool.view(wide(inputs.x)))
+    if inputs.mean is not None and inputs.rstd is not None:
+        mean, rstd = pool.spread(inputs.mean, x), pool.spread(inputs.rstd, x)
+        var = torch.zeros_like(rstd)
+    else:
+        mean, rstd, var = _statistics(spec, x, inputs)
+    return _select(spec, inputs, x - mean if spec.center else x) * rstd, mean, rstd, var
+
+
+def _statistics(spec: Spec, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, rstd and biased variance of each pool of the view x, overflow-safe."""
+    axes = spec.pool.axes(x.dim())
+    if x.numel() == 0:
+        zero = x.new_zeros([1 if i in axes else n for i, n in enumerate(x.shape)])
+        return zero, (zero + spec.eps).rsqrt(), zero
+    if x.dtype == torch.float64:
+        mean, var = _moments(spec, inputs, x)
+        return mean, torch.rsqrt(var + spec.eps), var
+    # Squares of float32 beyond 2^48 may overflow in a sum: such pools are computed at 2^-80 of their
+    # size. There eps vanishes beside any variance, and only keeps a constant pool from 0 / 0.
+    big = torch.linalg.vector_norm(x.detach(), math.inf, axes, keepdim=True) > 2.0**48
+    scale = torch.where(big, 2.0**-80, 1.0)
+    mean, var = _moments(spec, inputs, x * scale)
+    rstd = torch.rsqrt(var + torch.where(big, 2.0**-126, spec.eps)) * scale
+    return mean / scale, rstd, var / scale / scale
+
+
+def _moments(spec: Spec, inputs: Inputs, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (0 where it isn't subtracted) and the mean square of what remains."""
+    axes, average = spec.pool.axes(x.dim()), _average(spec, inputs, x)
+    if not spec.center:
+        square = average(x * x)
+        return torch.zeros_like(square), square
+    if inputs.mask is None:
+        var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+        return mean, var
+    first = average(x)
+    x = _select(spec, inputs, x - first)
+    # The second round removes the rounding error of the first: at mean 1e3 and std 1e-2 a mean that
+    # is off in its last place already shifts x̂.
+    second = average(x)
+    x = _select(spec, inputs, x - second)
+    return first + second, average(x * x)
+
+
+def _select(spec: Spec, inputs: Inputs, x: Tensor) -> Tensor:
+    if inputs.mask is None:
+        return x
+    return torch.where(spec.pool.view(inputs.mask.expand(inputs.x.shape)), x, 0)
+
+
+def _average(spec: Spec, inputs: Inputs, view: Tensor) -> Callable[[Tensor], Tensor]:
+    """The mean over each pool; 0 over an empty one."""
+    axes = spec.pool.axes(view.dim())
+    if inputs.mask is None:
+        return lambda v: v.mean(axes, keepdim=True)
+    mask = spec.pool.view(inputs.mask.expand(inputs.x.shape))
+    counts = mask.sum(axes, keepdim=True).clamp(min=1).to(view.dtype)
+    return lambda v: v.sum(axes, keepdim=True) / counts
+
+
+def _project(spec: Spec, inputs: Inputs, g: Tensor, standard: Tensor, rstd: Tensor) -> Tensor:
+    """The derivative of standardization, which is its own transpose, applied to g."""
+    if not spec.given:
+        average = _average(spec, inputs, g)
+        slope = standard * average(g * standard)
+        g = g - average(g) - slope if spec.center else g - slope
+    return _select(spec, inputs, g) * rstd
+
+
+def _affine(spec: Spec, inputs: Inputs, standard: Tensor) -> Tensor:
+    z, ndim = standard, standard.dim()
+    if inputs.weight is not None:
+        z = z * spec.pool.spread_affine(wide(inputs.weight), ndim)
+    if inputs.bias is not None:
+        z = z + spec.pool.spread_affine(wide(inputs.bias), ndim)
+    if inputs.residual is not None:
+        z = z + _select(spec, inputs, spec.pool.view(wide(inputs.residual)))
+    return z
+
+
+def _identity(z: Tensor) -> Tensor:
+    return z
+
+
+def _silu_gradient(z: Tensor, g: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return g * s * (1 + z * (1 - s))
+
+
+def _gelu_gradient(z: Tensor, g: Tensor) -> Tensor:
+    cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+    return g * (cdf + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
+
+
+ACTIVATIONS: dict[
+    str | None, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+] = {
+    None: (_identity, lambda z, g: g),
+    "relu": (F.relu, lambda z, g: torch.where(z <= 0, 0, g)),
+    "leaky_relu": (
+        lambda z: F.leaky_relu(z, LEAKY_SLOPE),
+        lambda z, g: torch.where(z <= 0, LEAKY_SLOPE * g, g),
+    ),
+    "silu": (F.silu, _silu_gradient),
+    "gelu": (F.gelu, _gelu_gradient),
+}
+"""Name -> (function, its derivative at z applied to g). None of them has parameters."""

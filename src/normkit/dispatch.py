@@ -1,0 +1,53 @@
+"""What would run, and why: `backends`, `explain` and `info`."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import backend, layers
+
+
+def backends() -> dict[str, str | None]:
+    """The backends in order of preference: name -> why it can't be used here, None where it can."""
+    return {name: module.available() for name, module in backend.BACKENDS.items()}
+
+
+def explain(layer: nn.Module, *args: Any, **kwargs: Any) -> str:
+    """Which backend `layer(*args, **kwargs)` would run on, and why not the others.
+
+    The layer stays as it is: a copy of it is called, without gradients.
+
+    Raises:
+        TypeError: the layer isn't one of normkit's.
+    """
+    if not isinstance(layer, layers._Norm):
+        raise TypeError(f"explain takes a normkit layer, got {type(layer).__name__}")
+    with torch.no_grad(), backend.watch() as calls:
+        copy.deepcopy(layer)(*args, **kwargs)
+    spec, inputs = calls[0]
+    chosen = backend.name_of(backend.choose(spec, inputs))
+    x = inputs.x
+    head = f"{layer} on {x.dtype} {tuple(x.shape)} ({x.device}) runs on: {chosen}"
+    return "\n  ".join([head, *backend.reasons(spec, inputs)])
+
+
+def info() -> str:
+    """Versions, machine and the state of every backend, a line each."""
+    from . import __version__
+
+    rows = {
+        "normkit": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": str(torch.get_num_threads()),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
+    }
+    rows |= {f"backend {name}": why or "available" for name, why in backends().items()}
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())

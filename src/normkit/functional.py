@@ -1,0 +1,402 @@
+"""Every feature normalization as a function.
+
+All of them are y = act((x - mean) * rstd * weight + bias [+ residual]), rstd = (variance +
+eps)^(-1/2), and differ in which elements share a mean and a variance (`normkit.pool.Pool`) and in
+where these come from. Statistics are computed in at least float32; y has x's dtype and layout.
+
+`mask` is a boolean tensor of x's rank that broadcasts to x: where it is False, elements take no
+part in the statistics, y is 0, and x and residual get no gradient, whatever they hold (NaN
+included). An empty pool gives zeros, a pool of one value gives the bias.
+
+`act` is None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu" (exact).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import autograd, statistics
+from .backend import aten
+from .pool import BATCH, CHANNELS, INSTANCE, group, last
+from .spec import Inputs, Spec, check_momentum, compute_dtype
+
+_AUTOCAST_TO_FLOAT32 = {"cuda": ("layer_norm", "rms_norm", "group_norm")}
+"""What torch's autocast runs in float32, by device; its other norms keep the input's dtype."""
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str | None = None,
+) -> Tensor:
+    """Batch normalization: each channel of (N, C, *) by its mean and variance over N and *.
+
+    y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual)
+
+    With `training` the statistics are the batch's (biased variance), and the running ones, where
+    given, move in place: running <- (1 - momentum) * running + momentum * batch (unbiased
+    variance), `num_batches_tracked` counts up by one, and `momentum=None` averages all batches
+    alike by it. Otherwise the running ones are used.
+
+    Args:
+        input: (N, C, *), floating point.
+        running_mean, running_var, weight, bias: (C,) each.
+        residual: input's shape, dtype and device; added before `act`.
+
+    Raises:
+        ValueError: a wrong shape; in training, one value per channel; eps or momentum out of range;
+            unknown act; no running statistics in evaluation.
+        TypeError: integer or complex input; a mask that isn't boolean; a residual of another dtype.
+
+    Source: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithms 1 and 2.
+    """
+    _check_input(input, 2, "(N, C, *)")
+    _check_channels(
+        input.shape[1], running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
+    check_momentum(momentum)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var go together: give both or neither")
+    if training:
+        count = input.shape[0] * math.prod(input.shape[2:])
+        if count == 1 and mask is None:
+            raise ValueError(
+                "expected more than 1 value per channel when training, got input of shape "
+                f"{tuple(input.shape)}, whose variance is 0; use a larger batch (DataLoader("
+                "drop_last=True) drops a last batch of one), .eval(), or a norm that needs no "
+                "batch (GroupNorm, LayerNorm)"
+            )
+        spec = Spec(BATCH, eps, True, act)
+        y, mean, var = _normalize(spec, input, weight, bias, mask=mask, residual=residual)
+        if running_mean is not None and running_var is not None:
+            statistics.track(
+                BATCH,
+                input,
+                mask,
+                mean,
+                var,
+                running_mean,
+                running_var,
+                num_batches_tracked,
+                momentum,
+            )
+        return y
+    if running_mean is None or running_var is None:
+        raise ValueError(
+            "evaluation needs running_mean and running_var; pass them, or training=True to use the "
+            "batch's own statistics"
+        )
+    return _by_running(
+        input, running_mean, running_var, weight, bias, eps, act, mask=mask, residual=residual
+    )
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str | None = None,
+) -> Tensor:
+    """Instance normalization: each channel of each sample of (N, C, *) by itself.
+
+    y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual), statistics over *
+
+    With `use_input_stats` they are the input's, and running ones, where given, move towards their
+    average over the samples; otherwise the running ones are used. Arguments and errors as those of
+    `batch_norm`; one position per channel with input statistics is a ValueError.
+
+    Source: Ulyanov, Vedaldi & Lempitsky 2016 (arXiv 1607.08022).
+    """
+    _check_input(input, 3, "(N, C, *) with at least one position axis")
+    _check_channels(
+        input.shape[1], running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
+    check_momentum(momentum)
+    if not use_input_stats:
+        if running_mean is None or running_var is None:
+            raise ValueError("use_input_stats=False needs running_mean and running_var")
+        return _by_running(
+            input, running_mean, running_var, weight, bias, eps, act, mask=mask, residual=residual
+        )
+    if math.prod(input.shape[2:]) == 1 and mask is None:
+        raise ValueError(
+            "expected more than 1 position per channel, got input of shape "
+            f"{tuple(input.shape)}, whose variance is 0; use larger inputs or another norm"
+        )
+    spec = Spec(INSTANCE, eps, True, act)
+    y, mean, var = _normalize(spec, input, weight, bias, mask=mask, residual=residual)
+    if running_mean is not None and running_var is not None:
+        statistics.track(
+            INSTANCE, input, mask, mean, var, running_mean, running_var, None, momentum
+        )
+    return y
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str | None = None,
+) -> Tensor:
+    """Group normalization: the channels of (N, C, *) in groups, each group of each sample by itself.
+
+    y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual), statistics over C / G
+    channels and *, the same in training and evaluation. weight and bias are (C,). Errors as those
+    of `batch_norm`; groups that don't divide C are a ValueError.
+
+    Source: Wu & He 2018 (arXiv 1803.08494), equation 7.
+    """
+    _check_input(input, 2, "(N, C, *)")
+    channels = input.shape[1]
+    check_groups(num_groups, channels)
+    _check_channels(channels, weight=weight, bias=bias)
+    if math.prod(input.shape) == num_groups and mask is None:
+        raise ValueError(
+            f"expected more than 1 value per group, got input of shape {tuple(input.shape)} in "
+            f"{num_groups} groups; use fewer groups"
+        )
+    input, residual = _autocast("group_norm", input, residual)
+    spec = Spec(group(num_groups), eps, True, act)
+    return _normalize(spec, input, weight, bias, mask=mask, residual=residual)[0]
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    channels_first: bool = False,
+    mask: Tensor | None = None,
+    add: Tensor | None = None,
+    act: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer normalization over the last axes, or over the channel axis of (N, C, *).
+
+    y = act((x - mean) / sqrt(variance + eps) * weight + bias), x = input [+ add]
+
+    The same in training and evaluation.
+
+    Args:
+        input: (*, normalized_shape), or (N, C, *) with `channels_first`.
+        normalized_shape: the sizes of the normalized axes; (C,) with `channels_first`.
+        weight, bias: normalized_shape each.
+        add: input's shape, dtype and device; added before the norm, and the sum is returned too.
+
+    Returns:
+        y, or (y, input + add) where `add` is given.
+
+    Raises:
+        ValueError, TypeError: as `batch_norm`; an input that doesn't end in normalized_shape.
+
+    Source: Ba, Kiros & Hinton 2016 (arXiv 1607.06450), equation 4; over the channels: Liu et al.
+    2022 (arXiv 2201.03545).
+    """
+    return _row_norm(
+        "layer_norm",
+        *(input, normalized_shape, weight, bias, eps),
+        *(channels_first, mask, add, act),
+    )
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    channels_first: bool = False,
+    mask: Tensor | None = None,
+    add: Tensor | None = None,
+    act: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMS normalization: as `layer_norm`, the mean not subtracted, without bias.
+
+    y = act(x / sqrt(<x²> + eps) * weight), x = input [+ add]
+
+    `eps=None` is the machine epsilon of the dtype it is computed in, as in torch: float64's for
+    float64, float32's for all others. The rest is as in `layer_norm`.
+
+    Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4.
+    """
+    if eps is None:
+        eps = torch.finfo(compute_dtype(input.dtype)).eps
+    return _row_norm(
+        "rms_norm",
+        *(input, normalized_shape, weight, None, eps),
+        *(channels_first, mask, add, act),
+    )
+
+
+for _name in ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"):
+    torch.fx.wrap(_name)
+
+
+def _row_norm(
+    name: str,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channels_first: bool,
+    mask: Tensor | None,
+    add: Tensor | None,
+    act: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    shape = tuple(normalized_shape)
+    _check_input(input, 2 if channels_first else 1, "(N, C, *)" if channels_first else "any")
+    if channels_first:
+        if len(shape) != 1:
+            raise ValueError(f"channels_first normalizes the one axis C, got {shape}")
+        met: tuple[int, ...] = (input.shape[1],)
+        pool = CHANNELS
+    else:
+        if not shape:
+            raise ValueError("normalized_shape must name at least one axis, got ()")
+        met = tuple(input.shape[-len(shape) :])
+        pool = last(len(shape))
+    if met != shape:
+        raise ValueError(
+            f"expected input with {'C = ' if channels_first else 'last sizes '}"
+            f"{shape[0] if channels_first else shape}, got input of shape {tuple(input.shape)}"
+        )
+    for what, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and tuple(parameter.shape) != shape:
+            raise ValueError(f"expected {what} of shape {shape}, got {tuple(parameter.shape)}")
+    if add is not None:
+        _check_like("add", add, input)
+        input = input + add
+    summed = input
+    (input,) = _autocast(name, input)
+    spec = Spec(pool, eps, name == "layer_norm", act)
+    y = _normalize(spec, input, weight, bias, mask=mask)[0]
+    return y if add is None else (y, summed)
+
+
+def _by_running(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    *,
+    mask: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    spec = Spec(BATCH, eps, True, act, given=True)
+    if aten.exporting() and mask is None:
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+        return aten.epilogue(spec, y, residual)
+    mean, rstd = statistics.given(running_mean, running_var, eps, input)
+    return _normalize(
+        spec, input, weight, bias, mask=mask, residual=residual, mean=mean, rstd=rstd
+    )[0]
+
+
+def _normalize(
+    spec: Spec,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    mask: Tensor | None,
+    residual: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if residual is not None:
+        _check_like("residual", residual, x)
+    if mask is not None:
+        _check_mask(mask, x)
+    y, mean, _, var = autograd.normalize(spec, Inputs(x, weight, bias, residual, mask, mean, rstd))
+    return y, mean, var
+
+
+def _autocast(name: str, x: Tensor, *more: Tensor | None) -> tuple[Tensor, ...]:
+    device = x.device.type
+    if name in _AUTOCAST_TO_FLOAT32.get(device, ()) and torch.is_autocast_enabled(device):
+        return tuple(t if t is None or t.dtype == torch.float64 else t.float() for t in (x, *more))  # type: ignore[misc]
+    return (x, *more)  # type: ignore[return-value]
+
+
+def check_groups(groups: int, channels: int) -> None:
+    """groups divide channels, or ValueError with those that do."""
+    if groups < 1 or channels % groups:
+        dividing = [g for g in range(1, min(channels, 64) + 1) if channels % g == 0]
+        raise ValueError(
+            f"num_channels must be divisible by num_groups, got {channels} channels in {groups} "
+            f"groups; {channels} can be split into {', '.join(map(str, dividing))} groups"
+        )
+
+
+def _check_input(x: Tensor, rank: int, shape: str) -> None:
+    if not x.is_floating_point():
+        raise TypeError(
+            f"expected a floating-point input, got {x.dtype}; convert it, as by .float()"
+        )
+    if x.dim() < rank:
+        raise ValueError(f"expected input {shape}, got shape {tuple(x.shape)}")
+
+
+def _check_channels(channels: int, **parameters: Tensor | None) -> None:
+    for name, parameter in parameters.items():
+        if parameter is not None and (parameter.dim() != 1 or parameter.shape[0] != channels):
+            raise ValueError(
+                f"input has {channels} channels (axis 1), but {name} has shape "
+                f"{tuple(parameter.shape)}; the layer and its input must agree"
+            )
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    for what in ("shape", "dtype", "device"):
+        met, expected = getattr(tensor, what), getattr(x, what)
+        if met != expected:
+            error = TypeError if what == "dtype" else ValueError
+            raise error(f"{name} must have the input's {what}, {expected}, got {met}")
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be boolean (True: take part), got {mask.dtype}; use mask.bool()"
+        )
+    if mask.dim() != x.dim() or any(
+        m not in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)
+    ):
+        raise ValueError(
+            f"mask must have the input's rank and broadcast to its shape {tuple(x.shape)}, got "
+            f"{tuple(mask.shape)}; a mask of (N, L) for input (N, C, L) is mask[:, None, :]"
+        )

@@ -1,0 +1,78 @@
+"""One call of the formula: what is fixed (`Spec`) and what flows through (`Inputs`)."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .pool import Pool
+
+ACTS = ("relu", "leaky_relu", "silu", "gelu")
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """y = act((x - mean) * rstd * weight + bias + residual), rstd = (variance + eps)^(-1/2).
+
+    `center` is False where the mean is not subtracted (RMS); the variance is the mean square then.
+    `given` is True where mean and rstd are handed in as constants instead of being taken from x.
+    """
+
+    pool: Pool
+    eps: float
+    center: bool = True
+    act: str | None = None
+    given: bool = False
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+        check_act(self.act)
+
+
+class Inputs(NamedTuple):
+    """What a backend is given.
+
+    mean and rstd, one value a pool in the compute dtype, are there where `Spec.given` says so, and
+    in a backward, which gets those that the forward returned.
+    """
+
+    x: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    mask: Tensor | None = None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the statistics of x: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_eps(eps: float) -> None:
+    """eps is finite and not negative, or ValueError."""
+    if not (isinstance(eps, int | float) and math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be a finite number >= 0, got {eps!r}; torch's default is 1e-5")
+
+
+def check_momentum(momentum: float | None) -> None:
+    """momentum is in [0, 1] or None, or ValueError."""
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"momentum must be in [0, 1], or None for the average of all batches, got {momentum!r};"
+            " it weighs the new batch, as in torch"
+        )
+
+
+def check_act(act: str | None) -> None:
+    """act is None or known, or ValueError with the nearest known name."""
+    if act is not None and act not in ACTS:
+        near = difflib.get_close_matches(str(act).lower(), ACTS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown act {act!r}{hint} Known: None, {', '.join(map(repr, ACTS))}")
