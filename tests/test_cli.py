@@ -1,5 +1,6 @@
 """The command: lists, options it doesn't know, what is missing."""
 
+import re
 import subprocess
 import sys
 
@@ -33,6 +34,11 @@ def test_an_unknown_word_gets_the_near_match_and_exit_status_2(words, said, caps
         main(words)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_info_says_what_each_backend_can_do(capsys):
+    assert main(["info"]) == 0
+    assert re.search(r"^backend reference +available$", capsys.readouterr().out, re.M)
 
 
 def test_without_a_command_help_is_shown(capsys):

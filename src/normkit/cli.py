@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import importlib
 import importlib.util
 import shlex
 import sys
@@ -25,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command == "info":
-        print(importlib.import_module("normkit.backends").report())
+        import normkit
+
+        print(normkit.info())
         return 0
     if options.command == "study":
         return _study(options)

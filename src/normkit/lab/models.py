@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from normkit import BatchNorm
 from normkit.lab.config import Config
 from normkit.lab.data import Data
 from normkit.lab.errors import LabError, unknown
@@ -24,14 +25,9 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 _LAST_ACTIVATION = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU)
 
 
-class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-
 def norm_factory(name: str) -> NormFactory | None:
     """Return the factory of the named normalization: `none` or `batch`."""
-    factories: dict[str, NormFactory | None] = {"none": None, "batch": _AnyBatchNorm}
+    factories: dict[str, NormFactory | None] = {"none": None, "batch": BatchNorm}
     if name not in factories:
         raise unknown("norm", name, factories)
     return factories[name]
