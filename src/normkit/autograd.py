@@ -24,14 +24,14 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tenso
         y, *statistics = reference.normalize(spec, inputs)
         mean, rstd, var = (s.detach() for s in statistics)
         return y, mean, rstd, var
-    return _Normalize.apply(spec, *inputs)  # type: ignore[no-any-return]
+    return _Normalize.apply(spec, *inputs)
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
-        return backend.choose(spec, inputs).normalize(spec, inputs)  # type: ignore[no-any-return]
+        return backend.choose(spec, inputs).normalize(spec, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

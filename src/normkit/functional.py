@@ -167,7 +167,7 @@ def group_norm(
     residual: Tensor | None = None,
     act: str | None = None,
 ) -> Tensor:
-    """Group normalization: the channels of (N, C, *) in groups, each group of each sample by itself.
+    """Group normalization: each group of channels of each sample of (N, C, *) by itself.
 
     y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual), statistics over C / G
     channels and *, the same in training and evaluation. weight and bias are (C,). Errors as those
@@ -184,7 +184,10 @@ def group_norm(
             f"expected more than 1 value per group, got input of shape {tuple(input.shape)} in "
             f"{num_groups} groups; use fewer groups"
         )
-    input, residual = _autocast("group_norm", input, residual)
+    if residual is not None:
+        _check_like("residual", residual, input)
+        residual = _autocast("group_norm", residual)
+    input = _autocast("group_norm", input)
     spec = Spec(group(num_groups), eps, True, act)
     return _normalize(spec, input, weight, bias, mask=mask, residual=residual)[0]
 
@@ -298,7 +301,7 @@ def _row_norm(
         _check_like("add", add, input)
         input = input + add
     summed = input
-    (input,) = _autocast(name, input)
+    input = _autocast(name, input)
     spec = Spec(pool, eps, name == "layer_norm", act)
     y = _normalize(spec, input, weight, bias, mask=mask)[0]
     return y if add is None else (y, summed)
@@ -345,11 +348,11 @@ def _normalize(
     return y, mean, var
 
 
-def _autocast(name: str, x: Tensor, *more: Tensor | None) -> tuple[Tensor, ...]:
+def _autocast(name: str, x: Tensor) -> Tensor:
     device = x.device.type
     if name in _AUTOCAST_TO_FLOAT32.get(device, ()) and torch.is_autocast_enabled(device):
-        return tuple(t if t is None or t.dtype == torch.float64 else t.float() for t in (x, *more))  # type: ignore[misc]
-    return (x, *more)  # type: ignore[return-value]
+        return x.to(compute_dtype(x.dtype))
+    return x
 
 
 def check_groups(groups: int, channels: int) -> None:

@@ -22,12 +22,12 @@ from .spec import check_act, check_eps, check_momentum
 class _Norm(nn.Module):
     """What all layers share: checked constants, an activation, errors that name the layer."""
 
-    eps: float | None
     act: str | None = None
 
     def _check(self) -> None:
-        if self.eps is not None:
-            check_eps(self.eps)
+        eps = getattr(self, "eps", None)
+        if eps is not None:
+            check_eps(eps)
         check_momentum(getattr(self, "momentum", None))
         check_act(self.act)
 
@@ -51,7 +51,7 @@ class _Norm(nn.Module):
 class _BatchLayer(_Norm, _BatchNorm):
     ranks: tuple[int, ...] = ()
 
-    @functools.wraps(_BatchNorm.__init__)
+    @functools.wraps(_BatchNorm.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._check()
@@ -65,7 +65,7 @@ class _BatchLayer(_Norm, _BatchNorm):
         tracked = self.running_mean is not None and self.running_var is not None
         tracking = self.training and self.track_running_stats
         read = tracking or not self.training
-        return self._call(  # type: ignore[no-any-return]
+        return self._call(
             functional.batch_norm,
             input,
             self.running_mean if read else None,
@@ -147,12 +147,15 @@ class _InstanceLayer(_Norm, _InstanceNorm):
                     f"input of shape {tuple(input.shape)}"
                 )
             if channel_axis == 0:
-                batched = (None if t is None else t.unsqueeze(0) for t in (input, mask, residual))
-                return self._batched(*batched).squeeze(0)  # type: ignore[arg-type]
+                return self._batched(
+                    input.unsqueeze(0),
+                    None if mask is None else mask.unsqueeze(0),
+                    None if residual is None else residual.unsqueeze(0),
+                ).squeeze(0)
         return self._batched(input, mask, residual)
 
     def _batched(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
-        return self._call(  # type: ignore[no-any-return]
+        return self._call(
             functional.instance_norm,
             input,
             self.running_mean,
@@ -194,7 +197,7 @@ class InstanceNorm2d(_InstanceLayer, nn.InstanceNorm2d):
 
 
 class InstanceNorm3d(_InstanceLayer, nn.InstanceNorm3d):
-    """Drop-in for `torch.nn.InstanceNorm3d`, for (N, C, D, H, W), (C, D, H, W); as `InstanceNorm1d`."""
+    """Drop-in for `torch.nn.InstanceNorm3d`, for 5-d or 4-d input; as `InstanceNorm1d`."""
 
     unbatched_rank = 4
 
@@ -226,7 +229,7 @@ class GroupNorm(_Norm, nn.GroupNorm):
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """y of input (N, C, *); `residual` is added before `act`."""
-        return self._call(  # type: ignore[no-any-return]
+        return self._call(
             functional.group_norm,
             input,
             self.num_groups,
@@ -276,11 +279,11 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
     Formula, errors and source: `normkit.functional.layer_norm`.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, input: Tensor, mask: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """y, or with `add` (norm(input + add), input + add)."""
-        return self._call(  # type: ignore[no-any-return]
+        return self._call(
             functional.layer_norm,
             input,
             self.normalized_shape,
@@ -304,11 +307,11 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
     source: `normkit.functional.rms_norm`.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, input: Tensor, mask: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """y, or with `add` (norm(input + add), input + add)."""
-        return self._call(  # type: ignore[no-any-return]
+        return self._call(
             functional.rms_norm,
             input,
             self.normalized_shape,

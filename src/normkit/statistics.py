@@ -14,7 +14,7 @@ from .spec import compute_dtype
 def given(
     running_mean: Tensor, running_var: Tensor, eps: float, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(mean, rstd) for evaluation, as copies: the buffers may move before the backward reads them."""
+    """(mean, rstd) for evaluation: copies, since the buffers may move before the backward."""
     dtype = compute_dtype(x.dtype)
     return running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).rsqrt()
 
