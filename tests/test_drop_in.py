@@ -178,3 +178,23 @@ def test_autocast_gives_torchs_dtype(case):
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(ours(x), theirs(x), atol=2e-2, rtol=1e-2)
             assert ours(x).dtype == theirs(x).dtype
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[9], CASES[11]], ids=str)
+def test_input_gradients_are_channels_last_whatever_the_output_gradients_layout(case, each_backend):
+    layer, _ = pair(case)
+    memory_format = CHANNELS_LAST[len(case.shape)]
+    x = torch.randn(case.shape).contiguous(memory_format=memory_format).requires_grad_()
+    for dy in (torch.randn(case.shape), torch.ones(()).expand(case.shape)):
+        (dx,) = torch.autograd.grad(layer(x), x, dy)
+        assert dx.is_contiguous(memory_format=memory_format)
+
+
+def test_without_running_statistics_batches_are_counted_as_in_torch():
+    ours, theirs = normkit.BatchNorm1d(3), nn.BatchNorm1d(3)
+    for layer in (ours, theirs):
+        layer.running_mean = layer.running_var = None
+        layer(torch.randn(4, 3))
+        layer.eval()
+        layer(torch.randn(4, 3))
+    assert ours.num_batches_tracked == theirs.num_batches_tracked == 1

@@ -22,14 +22,22 @@ X = torch.randn(4, 6, 5)
         (lambda: normkit.BatchNorm(6)(X.long()), TypeError, r"BatchNorm\(6.*int64.*float\(\)"),
         (lambda: normkit.BatchNorm(6)(X.to(torch.complex64)), TypeError, "complex64"),
         (lambda: normkit.InstanceNorm1d(6)(X[..., :1]), ValueError, r"1 position.*\(4, 6, 1\)"),
-        (lambda: normkit.InstanceNorm1d(5)(X), ValueError, r"expected 5 channels on axis 1"),
+        (lambda: normkit.InstanceNorm1d(5)(X), ValueError, r"expected 5 channels, got 6"),
         (lambda: normkit.GroupNorm(4, 6), ValueError, "6 channels in 4 groups.*1, 2, 3, 6 groups"),
         (lambda: normkit.GroupNorm(0, 6), ValueError, "6 channels in 0 groups"),
         (lambda: F.group_norm(X, 4), ValueError, "6 channels in 4 groups"),
         (lambda: normkit.LayerNorm(7)(X), ValueError, r"LayerNorm\(\(7,\).*\(7,\).*\(4, 6, 5\)"),
+        (lambda: normkit.LayerNorm(()), ValueError, r"at least one axis, got \(\)"),
+        (lambda: normkit.BatchNorm(6)(None), TypeError, r"BatchNorm\(6.*tensor.*NoneType"),
+        (lambda: normkit.BatchNorm(6)(X, mask=[1]), TypeError, "boolean tensor.*list"),
+        (lambda: normkit.BatchNorm(6)(X, residual=1.0), TypeError, "residual.*float"),
+        (lambda: normkit.BatchNorm(6, device="meta")(X), ValueError, "running_mean is on meta"),
+        (lambda: normkit.BatchNorm(6, eps=0.0)(X), ValueError, "eps must be positive"),
+        (lambda: normkit.BatchNorm1d(6, eps=None), ValueError, "BatchNorm1d: eps.*None"),
+        (lambda: normkit.BatchNorm1d(6, momentum="a"), ValueError, "momentum.*'a'"),
         (lambda: normkit.LayerNorm(5, channels_first=True)(X), ValueError, "C = 5.*4, 6, 5"),
         (
-            lambda: normkit.LayerNorm((6, 5), channels_first=True)(X),
+            lambda: normkit.LayerNorm((6, 5), channels_first=True),
             ValueError,
             r"the one axis C, got \(6, 5\)",
         ),
@@ -76,3 +84,11 @@ def test_nothing_moves_before_an_error(bad):
         layer(X, **bad)
     assert layer.num_batches_tracked == 0
     assert torch.equal(layer.running_mean, torch.zeros(6))
+
+
+def test_a_failing_update_leaves_the_counter_alone():
+    layer = normkit.BatchNorm(6, affine=False)
+    layer.running_var = layer.running_var.to("meta")
+    with pytest.raises(ValueError, match="running_var is on meta, the input on cpu"):
+        layer(X)
+    assert layer.num_batches_tracked == 0

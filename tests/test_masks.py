@@ -91,6 +91,15 @@ def test_an_empty_pool_moves_nothing_and_a_pool_of_one_moves_the_mean_alone(each
     assert x.grad.isfinite().all()
 
 
+def test_a_batch_that_is_all_padding_does_not_count_in_the_average_of_all_batches(each_backend):
+    layer, x = normkit.BatchNorm(2, momentum=None), torch.randn(6, 2)
+    for mask in (torch.zeros(6, 1, dtype=torch.bool), torch.ones(6, 1, dtype=torch.bool)):
+        layer(x, mask=mask)
+    torch.testing.assert_close(layer.running_mean, x.mean(0))
+    torch.testing.assert_close(layer.running_var, x.var(0))
+    assert layer.num_batches_tracked == 1
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(sorted(NORMS)),

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -23,13 +22,17 @@ class _Norm(nn.Module):
     """What all layers share: checked constants, an activation, errors that name the layer."""
 
     act: str | None = None
+    eps: Any
 
     def _check(self) -> None:
-        eps = getattr(self, "eps", None)
-        if eps is not None:
-            check_eps(eps)
-        check_momentum(getattr(self, "momentum", None))
-        check_act(self.act)
+        name = type(self).__name__
+        try:
+            if not (isinstance(self, RMSNorm) and self.eps is None):
+                check_eps(self.eps)
+            check_momentum(getattr(self, "momentum", None))
+            check_act(self.act)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{name}: {error}") from error
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -49,7 +52,7 @@ class _Norm(nn.Module):
 
 
 class _BatchLayer(_Norm, _BatchNorm):
-    ranks: tuple[int, ...] = ()
+    ranks: tuple[int, ...] | None = None
 
     @functools.wraps(_BatchNorm.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -60,11 +63,9 @@ class _BatchLayer(_Norm, _BatchNorm):
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """y of input (N, C, *); `residual` is added before `act`. See `functional.batch_norm`."""
-        if self.ranks:
-            _check_rank(self, input, self.ranks)
         tracked = self.running_mean is not None and self.running_var is not None
         tracking = self.training and self.track_running_stats
-        read = tracking or not self.training
+        read = tracking or (tracked and not self.training)
         return self._call(
             functional.batch_norm,
             input,
@@ -75,10 +76,11 @@ class _BatchLayer(_Norm, _BatchNorm):
             self.training or not tracked,
             self.momentum,
             self.eps,
-            num_batches_tracked=self.num_batches_tracked if tracking else None,
+            num_batches_tracked=self.num_batches_tracked if read else None,
             mask=mask,
             residual=residual,
             act=self.act,
+            ranks=self.ranks,
         )
 
 
@@ -118,6 +120,7 @@ class BatchNorm(_BatchLayer):
         act: None, "relu", "leaky_relu", "silu" or "gelu".
 
     State, train and eval behaviour: as `BatchNorm1d`. Errors: `normkit.functional.batch_norm`.
+    torch's converters (SyncBatchNorm, conv-bn fusion) take it for plain batch norm and drop `act`.
     """
 
     def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
@@ -138,23 +141,6 @@ class _InstanceLayer(_Norm, _InstanceNorm):
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """y of input (N, C, *) or (C, *); `residual` is added before `act`."""
-        _check_rank(self, input, (self.unbatched_rank, self.unbatched_rank + 1))
-        if not isinstance(input, torch.fx.Proxy):
-            channel_axis = input.dim() - self.unbatched_rank
-            if input.shape[channel_axis] != self.num_features:
-                raise ValueError(
-                    f"{self}: expected {self.num_features} channels on axis {channel_axis}, got "
-                    f"input of shape {tuple(input.shape)}"
-                )
-            if channel_axis == 0:
-                return self._batched(
-                    input.unsqueeze(0),
-                    None if mask is None else mask.unsqueeze(0),
-                    None if residual is None else residual.unsqueeze(0),
-                ).squeeze(0)
-        return self._batched(input, mask, residual)
-
-    def _batched(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         return self._call(
             functional.instance_norm,
             input,
@@ -168,6 +154,8 @@ class _InstanceLayer(_Norm, _InstanceNorm):
             mask=mask,
             residual=residual,
             act=self.act,
+            ranks=(self.unbatched_rank, self.unbatched_rank + 1),
+            num_features=self.num_features,
         )
 
 
@@ -255,6 +243,7 @@ class _RowLayer(_Norm):
         act: str | None = None,
         **kwargs: Any,
     ) -> None:
+        functional.check_normalized_shape(normalized_shape, channels_first)
         super().__init__(normalized_shape, *args, **kwargs)
         self.channels_first = channels_first
         self.act = act
@@ -321,12 +310,4 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
             mask=mask,
             add=add,
             act=self.act,
-        )
-
-
-def _check_rank(layer: nn.Module, input: Tensor, ranks: tuple[int, ...]) -> None:
-    if not isinstance(input, torch.fx.Proxy) and input.dim() not in ranks:
-        raise ValueError(
-            f"{layer}: expected {' or '.join(f'{r}D' for r in ranks)} input, got {input.dim()}D of "
-            f"shape {tuple(input.shape)}; normkit.BatchNorm takes any (N, C, *)"
         )
