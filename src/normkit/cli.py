@@ -1,0 +1,157 @@
+"""The command `normkit`: studies on real data, and what this installation can do."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+_LAB_NEEDS = {
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "rich": "rich",
+    "plotly": "plotly",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, 1 for unusable input, 2 for bad options, 130 on Ctrl-C."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "info":
+        import normkit
+
+        print(normkit.info())
+        return 0
+    if options.command == "study":
+        return _study(options)
+    parser.print_help()
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """The standard parser, which names the nearest option or choice when one is unknown."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        found, extra = self.parse_known_args(args, namespace)
+        if extra:
+            known = [flag for flag in _flags(self, found) if flag.startswith("--")]
+            near = difflib.get_close_matches(extra[0].split("=")[0], known, n=1, cutoff=0.5)
+            guess = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unknown option {extra[0]!r}{guess}")
+        return found
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = sorted(map(str, action.choices))
+            near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            raise argparse.ArgumentError(
+                action, f"unknown {value!r}{guess} (known: {', '.join(known)})"
+            )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"normkit: error: {message}\nSee {self.prog} --help.\n")
+
+
+def _flags(parser: argparse.ArgumentParser, found: argparse.Namespace) -> list[str]:
+    flags: list[str] = []
+    for action in parser._actions:
+        flags += action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            chosen = action.choices.get(str(getattr(found, "command", None)))
+            flags += _flags(chosen, found) if chosen else []
+    return flags
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="normkit", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("info", help="which backends this installation has, and why not others")
+    study = commands.add_parser(
+        "study",
+        help="test a published claim about normalization on your data",
+        description="Test a published claim about normalization on your data. The same command "
+        "again goes on where it was stopped.",
+        allow_abbrev=False,
+    )
+    study.add_argument("study", nargs="?", help="which study; see --list")
+    study.add_argument("--list", action="store_true", help="show the studies")
+    study.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of these options")
+    study.add_argument("--json", action="store_true", help="one JSON object a line, for machines")
+    add = study.add_argument
+    add("--data", help="digits, fashion-mnist, file.npz or package.module:function")
+    add("--data-root", metavar="DIR", help="where the data files are")
+    add("--model", help="mlp, cnn, resnet or package.module:function")
+    add("--activation", help="sigmoid, tanh or relu")
+    add("--arms", help="comma-separated names of the arms to run (default: all)")
+    add("--seeds", type=int, metavar="N", help="seeds to pair the arms by (default: 6)")
+    add("--steps", type=int, metavar="N", help="training steps of each run")
+    add("--batch-size", type=int, metavar="N", help="samples to a batch (default: 60)")
+    add("--lr", type=float, metavar="RATE", help="the rate that the arms multiply")
+    add("--optimizer", help="sgd, momentum, rmsprop or adam (default: sgd)")
+    add("--eval-every", type=int, metavar="N", help="steps between evaluations")
+    add("--device", help="a torch device (default: cpu)")
+    add("--threads", type=int, metavar="N", help="torch threads of each job (default: 1)")
+    add("--jobs", type=int, metavar="N", help="runs at a time (default: the number of cores)")
+    add("--out", metavar="DIR", help="the folder of the results (default: under runs/)")
+    return parser
+
+
+def _study(options: argparse.Namespace) -> int:
+    missing = [name for name in _LAB_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(_LAB_NEEDS[name] for name in missing)
+        print(
+            f"normkit: error: studies need {names}, not installed here; "
+            "pip install 'normkit[lab]' brings them",
+            file=sys.stderr,
+        )
+        return 1
+    from normkit.lab.errors import LabError
+
+    try:
+        return _run(options)
+    except LabError as error:
+        print(f"normkit: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "\nnormkit: stopped; what was trained is kept, the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    from normkit.lab.config import Config, read_toml
+    from normkit.lab.errors import LabError, unknown
+    from normkit.lab.progress import progress_for
+    from normkit.lab.run import run_study
+    from normkit.lab.studies import all_studies
+
+    studies = all_studies()
+    if options.list:
+        for study in studies.values():
+            print(f"{study.name}: {study.claim}\n    {study.source}")
+            print(f"    arms: {', '.join(arm.name for arm in study.arms)}")
+        return 0
+    if options.study is None:
+        raise LabError(f"no study named; one of: {', '.join(studies)}")
+    if options.study not in studies:
+        raise unknown("study", options.study, studies)
+    values = read_toml(options.config) if options.config else {}
+    for field in dataclasses.fields(Config):
+        given = getattr(options, field.name)
+        if given is not None:
+            values[field.name] = given
+    config = Config(**values).resolved(options.study)
+    if not options.json:
+        print(shlex.join(config.command(options.study)), flush=True)
+    run_study(studies[options.study], config, progress_for(options.json))
+    return 0

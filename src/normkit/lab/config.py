@@ -1,0 +1,166 @@
+"""What a study is run with: the options, their defaults, and a TOML file that holds the same."""
+
+import dataclasses
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from normkit.lab.errors import LabError, unknown
+
+ACTIVATIONS = ("sigmoid", "tanh", "relu")
+OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
+NAMED_DATA = ("digits", "fashion-mnist")
+NAMED_MODELS = ("mlp", "cnn", "resnet")
+
+# Rates at which the network without normalization ends within a percent of its best, so that the
+# comparison is against a well-tuned one. The grids, and what wasn't tuned, are in docs/lab.md.
+_RATES = {"mlp-sigmoid": 1.0, "mlp-tanh": 0.1, "mlp-relu": 0.1, "cnn": 0.3, "resnet": 0.1}
+_ADAPTIVE_RATE = 0.001
+_STEPS = {"mlp": 3000, "cnn": 1000, "resnet": 600}
+
+# Where and how fast the runs are computed; a folder's results don't depend on these.
+_NOT_IDENTITY = ("data_root", "seeds", "jobs", "out", "arms")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a study's numbers, and where they go.
+
+    A value of None stands for a default that depends on the others; `resolved` fills it in.
+    """
+
+    data: str = "digits"
+    data_root: str | None = None
+    model: str = "mlp"
+    activation: str | None = None
+    seeds: int = 6
+    steps: int | None = None
+    batch_size: int = 60
+    lr: float | None = None
+    optimizer: str = "sgd"
+    eval_every: int | None = None
+    device: str = "cpu"
+    threads: int = 1
+    jobs: int | None = None
+    arms: str | None = None
+    out: str | None = None
+
+    def resolved(self, study: str) -> "Config":
+        """Return the configuration with every default filled in, checked.
+
+        Raises LabError for a value out of range or unknown, naming it and the nearest valid one.
+        """
+        for field in ("seeds", "steps", "batch_size", "threads", "jobs", "eval_every"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise LabError(f"{_flag(field)} is {value}; give a whole number of at least 1")
+        if self.batch_size < 2:
+            raise LabError("--batch-size is 1; batch norm needs at least 2 samples to a batch")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise LabError(f"--lr is {self.lr}; give a positive, finite learning rate")
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise unknown("activation", self.activation, ACTIVATIONS)
+        if self.model not in NAMED_MODELS and ":" not in self.model:
+            raise unknown("model", self.model, NAMED_MODELS, "Or package.module:function.")
+        _check_device(self.device)
+
+        activation = self.activation or ("sigmoid" if self.model == "mlp" else "relu")
+        kind = f"mlp-{activation}" if self.model == "mlp" else self.model
+        adaptive = self.optimizer in ("rmsprop", "adam")
+        rate = _ADAPTIVE_RATE if adaptive else _RATES.get(kind, 0.1)
+        steps = self.steps or _STEPS.get(self.model, 1000)
+        if self.eval_every is not None and self.eval_every > steps:
+            raise LabError(
+                f"--eval-every {self.eval_every} is more than --steps {steps}: "
+                "nothing would be measured; give a smaller one"
+            )
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jobs = 1 if self.device != "cpu" else max(1, (cores or 1) // self.threads)
+        return dataclasses.replace(
+            self,
+            activation=activation,
+            steps=steps,
+            lr=self.lr or (rate / 10 if self.optimizer == "momentum" else rate),
+            eval_every=self.eval_every or max(1, steps // (100 if self.model == "mlp" else 40)),
+            jobs=self.jobs or jobs,
+            out=self.out or f"runs/{study}-{_slug(self.data)}-{_slug(kind)}",
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options that decide the curves: a folder holds the results of one such set."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
+
+    def command(self, study: str) -> list[str]:
+        """Return the command line that gives this configuration, every option spelled out."""
+        words = ["normkit", "study", study]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and field.name != "jobs":
+                words += [_flag(field.name), str(value)]
+        return words
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the options that a TOML file holds, under the names that the flags have.
+
+    Raises LabError for a missing file, one that isn't TOML, an unknown key, a wrong type.
+    """
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise LabError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LabError(f"--config {path} can't be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise LabError(f"--config {path} is not valid TOML: {error}") from None
+    return checked(table, f"in {path}")
+
+
+def checked(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return `table` with its keys as field names, each value checked against its field's type."""
+    types_ = typing.get_type_hints(Config)
+    options = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in types_:
+            known = [field.replace("_", "-") for field in types_]
+            raise unknown("option", key, known, f"It stands {where}.")
+        allowed = _members(types_[name])
+        if float in allowed and type(value) is int:
+            value = float(value)
+        if type(value) not in allowed:
+            wanted = " or ".join(kind.__name__ for kind in allowed if kind is not type(None))
+            raise LabError(f"option {key!r} {where} is {value!r}; it takes a {wanted}")
+        options[name] = value
+    return options
+
+
+def _members(hint: Any) -> tuple[type, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _slug(name: str) -> str:
+    stem = Path(name).stem if name.endswith(".npz") else name
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in stem)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise LabError(f"--device {device!r} can't be used here ({reason}); try cpu") from None

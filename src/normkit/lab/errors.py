@@ -1,0 +1,21 @@
+"""What the lab raises when the input, not the code, is at fault."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LabError(Exception):
+    """The user's input can't be used; the text names the value and the remedy."""
+
+
+class UserCodeError(LabError):
+    """The user's own module or function raised; the text is their traceback, without our frames."""
+
+
+def unknown(kind: str, value: str, known: Iterable[str], hint: str = "") -> LabError:
+    """Return the error for a name that is none of `known`, with the nearest one suggested."""
+    names = sorted(known)
+    near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    tail = f" {hint}" if hint else ""
+    return LabError(f"unknown {kind} {value!r}.{guess} Known: {', '.join(names)}.{tail}")

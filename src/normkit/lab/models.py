@@ -1,0 +1,187 @@
+"""The networks of a study; each takes `norm=`, a factory `norm(features) -> Module`, or None.
+
+Normalization layers draw no random numbers, so one seed gives every arm the same initial weights.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from normkit import BatchNorm
+from normkit.lab.config import Config
+from normkit.lab.data import Data
+from normkit.lab.errors import LabError, unknown
+from normkit.lab.user import call, load
+
+NormFactory = Callable[[int], nn.Module]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+}
+_LAST_ACTIVATION = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU)
+
+
+def norm_factory(name: str) -> NormFactory | None:
+    """Return the factory of the named normalization: `none` or `batch`."""
+    factories: dict[str, NormFactory | None] = {"none": None, "batch": BatchNorm}
+    if name not in factories:
+        raise unknown("norm", name, factories)
+    return factories[name]
+
+
+def build(config: Config, data: Data, norm: str, seed: int) -> nn.Module:
+    """Return the model of `config` for `data`, its weights drawn from `seed` and nothing else."""
+    factory = norm_factory(norm)
+    shape = tuple(data.train[0].shape[1:])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _construct(config, shape, data.classes, factory)
+    return model.to(config.device)
+
+
+def check(config: Config, data: Data, norms: list[str]) -> None:
+    """Build and call the model once per normalization.
+
+    Raises LabError when it does not return class scores, does not use `norm=`, or starts from
+    different weights with and without it; UserCodeError when it raises.
+    """
+    weights = {}
+    for norm in norms:
+        model = build(config, data, norm, 0)
+        x = data.train[0][: max(2, min(8, config.batch_size))]
+        out = call(model, f"calling model {config.model!r} on inputs {tuple(x.shape)}", x)
+        if not isinstance(out, Tensor) or out.shape != (len(x), data.classes):
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise LabError(
+                f"model {config.model!r} returned {got} for inputs {tuple(x.shape)}; "
+                f"it must return class scores of shape {(len(x), data.classes)}"
+            )
+        factory = norm_factory(norm)
+        if factory is not None and not any(type(m) is type(factory(1)) for m in model.modules()):
+            raise LabError(
+                f"model {config.model!r} has no normalization layers though norm= was given; "
+                "build them in it with norm(features) wherever it is not None"
+            )
+        weights[norm] = [
+            m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
+        ]
+    first, *others = weights.values()
+    for other in others:
+        same = len(first) == len(other) and all(map(torch.equal, first, other))
+        if not same:
+            raise LabError(
+                f"model {config.model!r} starts from different weights with and without norm=; "
+                "draw the same random numbers in both, so that the arms can be paired by seed"
+            )
+
+
+def last_hidden(model: nn.Module) -> nn.Module:
+    """Return the module whose input is followed: the last activation, else the last layer."""
+    activations = [m for m in model.modules() if isinstance(m, _LAST_ACTIVATION)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+    return (activations or layers or [model])[-1]
+
+
+def _construct(
+    config: Config, shape: tuple[int, ...], classes: int, norm: NormFactory | None
+) -> nn.Module:
+    act = _ACTIVATIONS[config.activation or "relu"]
+    if ":" in config.model:
+        model = call(load(config.model, "model"), f"building model {config.model!r}", norm=norm)
+        if not isinstance(model, nn.Module):
+            raise LabError(
+                f"model {config.model!r} returned a {type(model).__name__}, no nn.Module"
+            )
+        return model
+    if config.model == "mlp":
+        return mlp(int(torch.tensor(shape).prod()), classes, norm, act)
+    if len(shape) != 3:
+        raise LabError(
+            f"model {config.model!r} takes images (C, H, W) and the data has shape {shape}; use mlp"
+        )
+    network = {"cnn": cnn, "resnet": resnet}[config.model]
+    return network(shape[0], classes, norm, act)
+
+
+def mlp(
+    features: int, classes: int, norm: NormFactory | None, act: type[nn.Module] = nn.Sigmoid
+) -> nn.Module:
+    """The paper's network: 3 hidden layers of 100 units, small Gaussian weights, zero biases."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise([features, 100, 100, 100]):
+        layers += [_drawn(nn.Linear(inputs, outputs), act), *_maybe(norm, outputs), act()]
+    return nn.Sequential(*layers, _drawn(nn.Linear(100, classes), act))
+
+
+def cnn(
+    channels: int, classes: int, norm: NormFactory | None, act: type[nn.Module] = nn.ReLU
+) -> nn.Module:
+    """A small VGG: 3x3 convolutions of 16, 32 and 64 channels, halved between, averaged, linear."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise([channels, 16, 32, 64]):
+        conv = _drawn(nn.Conv2d(inputs, outputs, 3, padding=1), act)
+        layers += [conv, *_maybe(norm, outputs), act(), nn.MaxPool2d(2, ceil_mode=True)]
+    head = _drawn(nn.Linear(64, classes), act)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+def resnet(
+    channels: int, classes: int, norm: NormFactory | None, act: type[nn.Module] = nn.ReLU
+) -> nn.Module:
+    """ResNet-20 after He et al. 2015: three stages of three blocks, 16, 32, 64 channels."""
+    layers: list[nn.Module] = [
+        _drawn(nn.Conv2d(channels, 16, 3, padding=1), act),
+        *_maybe(norm, 16),
+        act(),
+    ]
+    for inputs, outputs in [(16, 16), (16, 32), (32, 64)]:
+        for inner in (inputs, outputs, outputs):
+            layers.append(_Block(inner, outputs, norm, act))
+    head = _drawn(nn.Linear(64, classes), act)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut, 1x1 where the channel count changes (and halves)."""
+
+    def __init__(
+        self, inputs: int, outputs: int, norm: NormFactory | None, act: type[nn.Module]
+    ) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.body = nn.Sequential(
+            _drawn(nn.Conv2d(inputs, outputs, 3, stride, padding=1), act),
+            *_maybe(norm, outputs),
+            act(),
+            _drawn(nn.Conv2d(outputs, outputs, 3, padding=1), act),
+            *_maybe(norm, outputs),
+        )
+        self.shortcut = (
+            nn.Identity()
+            if stride == 1
+            else nn.Sequential(
+                _drawn(nn.Conv2d(inputs, outputs, 1, stride), act), *_maybe(norm, outputs)
+            )
+        )
+        self.act = act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.body(x) + self.shortcut(x))
+
+
+def _maybe(norm: NormFactory | None, features: int) -> list[nn.Module]:
+    return [] if norm is None else [norm(features)]
+
+
+def _drawn(layer: nn.Linear | nn.Conv2d, act: type[nn.Module]) -> nn.Module:
+    """Draw the weights from N(0, gain / fan-in), gain 2 for ReLU (He) else 1 (LeCun); biases 0."""
+    fan_in = layer.weight[0].numel()
+    gain = 2.0 if act is nn.ReLU else 1.0
+    nn.init.normal_(layer.weight, 0.0, (gain / fan_in) ** 0.5)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

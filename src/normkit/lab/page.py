@@ -1,0 +1,167 @@
+"""The look of a report: its style and its script, which draws the figures in the page's colours."""
+
+STYLE = """
+:root {
+  --page: #fdfdfc; --ink: #1c1e21; --muted: #5f6670; --line: #dfe2e6; --soft: #f3f4f2;
+  --good: #00704f; --bad: #a8410a; --plain: #4b525b;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #14171a; --ink: #e9ebed; --muted: #a0a8b1; --line: #32383e; --soft: #1d2125;
+    --good: #4cc79a; --bad: #f29058; --plain: #b9c0c8;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--page); color: var(--ink);
+  font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+main { max-width: 1080px; margin: 0 auto; padding: 64px 32px 96px; }
+header { max-width: 780px; }
+.kicker { margin: 0 0 12px; color: var(--muted); font-size: 14px; overflow-wrap: anywhere; }
+h1 { margin: 0 0 12px; font-size: 34px; line-height: 1.2; font-weight: 650;
+  letter-spacing: -.015em; }
+h2 { margin: 0 0 14px; font-size: 21px; line-height: 1.3; font-weight: 620; }
+.source { margin: 0; color: var(--muted); font-size: 15px; }
+section { margin-top: 60px; }
+.verdicts { margin-top: 40px; display: grid; gap: 20px;
+  grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); }
+.verdict { padding: 18px 22px 20px; background: var(--soft); border-radius: 6px;
+  border-top: 3px solid var(--plain); }
+.verdict h2 { font-size: 17px; margin-bottom: 8px; }
+.verdict p { margin: 0; font-size: 15px; line-height: 1.55; }
+.word { float: right; color: var(--plain); }
+.holds { border-color: var(--good); } .holds .word { color: var(--good); }
+.reversed { border-color: var(--bad); } .reversed .word { color: var(--bad); }
+figure { margin: 0; }
+.plot { width: 100%; height: 500px; }
+#plot-percentiles { height: 380px; }
+figcaption { margin-top: 10px; max-width: 780px; color: var(--muted); font-size: 15px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14.5px; line-height: 1.45;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: 10px 14px 10px 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+thead th { color: var(--muted); font-weight: 500; font-size: 13.5px; vertical-align: bottom; }
+tbody th { font-weight: 600; min-width: 140px; }
+td:nth-child(2), td:nth-child(5), td:nth-child(6) { min-width: 130px; }
+.notes { margin: 18px 0 0; padding-left: 20px; max-width: 780px; color: var(--muted);
+  font-size: 15px; }
+dl { margin: 0; display: grid; grid-template-columns: 110px 1fr; gap: 10px 20px; max-width: 900px;
+  font-size: 15px; }
+dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
+pre { margin: 0 0 20px; padding: 16px 20px; background: var(--soft); border-radius: 6px;
+  font: 14px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+.button { display: inline-block; padding: 9px 16px; border: 1px solid var(--line);
+  border-radius: 6px; color: var(--ink); text-decoration: none; font-size: 15px; }
+.button:hover { background: var(--soft); }
+:focus-visible { outline: 2px solid #3b8fd4; outline-offset: 2px; }
+@media (max-width: 640px) {
+  body { font-size: 16px; }
+  main { padding: 32px 18px 64px; }
+  h1 { font-size: 26px; }
+  section { margin-top: 44px; }
+  .plot { height: 520px; }
+  dl { grid-template-columns: 1fr; gap: 2px; } dd { margin-bottom: 12px; }
+}
+@media print { .button { display: none; } }
+"""
+
+# Colours of Okabe & Ito, which the colour-blind tell apart, moved to 4.5:1 or better on the page.
+SCRIPT = r"""
+"use strict";
+const payload = JSON.parse(document.getElementById("payload").textContent);
+const palettes = {
+  light: {
+    page: "#fdfdfc", ink: "#1c1e21", muted: "#5f6670", line: "#e6e8eb",
+    "none": "#33383e", "none-again": "#7b838c", "none-x5": "#a06800", "none-x30": "#b8470b",
+    "batch": "#0068a8", "batch-x5": "#00795a", "batch-x30": "#9c4a80",
+  },
+  dark: {
+    page: "#14171a", ink: "#e9ebed", muted: "#a0a8b1", line: "#2b3036",
+    "none": "#e9ebed", "none-again": "#98a1ab", "none-x5": "#e8ab2e", "none-x30": "#ef8550",
+    "batch": "#63b7ee", "batch-x5": "#35c497", "batch-x30": "#e08fc0",
+  },
+};
+const dark = window.matchMedia("(prefers-color-scheme: dark)");
+const narrow = window.matchMedia("(max-width: 640px)");
+
+function coloured(value, palette) {
+  if (typeof value === "string" && value.startsWith("@")) {
+    const name = value.slice(1);
+    return name.endsWith("-band") ? palette[name.slice(0, -5)] + "22" : palette[name];
+  }
+  if (Array.isArray(value)) return value.map((each) => coloured(each, palette));
+  if (value && typeof value === "object") {
+    return Object.fromEntries(
+      Object.entries(value).map(([key, each]) => [key, coloured(each, palette)]));
+  }
+  return value;
+}
+
+// Name each line at its right end; names that would overlap are moved apart.
+function endLabels(traces, height, range) {
+  const lines = traces.filter((trace) => trace.meta === "line" && trace.showlegend !== false);
+  if (!lines.length) return [];
+  const [low, high] = range;
+  const gap = 19 / height * (high - low);
+  const ends = lines.map((trace) => ({
+    text: trace.name, color: trace.line.color, y: trace.y[trace.y.length - 1],
+  })).sort((a, b) => a.y - b.y);
+  const places = ends.map((end) => end.y);
+  for (let i = 1; i < places.length; i++) places[i] = Math.max(places[i], places[i - 1] + gap);
+  places[places.length - 1] = Math.min(places[places.length - 1], high);
+  for (let i = places.length - 2; i >= 0; i--) places[i] = Math.min(places[i], places[i + 1] - gap);
+  return ends.map((end, i) => ({
+    xref: "paper", x: 1.012, xanchor: "left", y: places[i], yanchor: "middle", showarrow: false,
+    text: end.text, font: {color: end.color, size: 13},
+  }));
+}
+
+function draw() {
+  const palette = palettes[dark.matches ? "dark" : "light"];
+  const font = {
+    family: getComputedStyle(document.body).fontFamily, size: narrow.matches ? 12 : 13,
+    color: palette.muted,
+  };
+  return Promise.all(payload.figures.map((figure) => {
+    const element = document.getElementById("plot-" + figure.name);
+    const traces = coloured(figure.traces, palette);
+    const layout = coloured(figure.layout, palette);
+    const labelled = layout.showlegend !== false;
+    const axis = {
+      gridcolor: palette.line, linecolor: palette.line, zeroline: false, automargin: true,
+      tickcolor: palette.line, fixedrange: narrow.matches,
+    };
+    for (const key of Object.keys(layout)) {
+      if (/^[xy]axis/.test(key)) layout[key] = {...axis, ...layout[key]};
+    }
+    const bottom = narrow.matches && labelled ? 190 : 56;
+    const margin = {l: 56, r: labelled && !narrow.matches ? 205 : 14, t: 30, b: bottom};
+    if (labelled && !narrow.matches) {
+      const values = traces.filter((t) => t.meta).flatMap((t) => t.y).filter(Number.isFinite);
+      const low = Math.min(...values), high = Math.max(...values);
+      const range = [low - .04 * (high - low), high + .04 * (high - low)];
+      layout.yaxis.range = range;
+      const height = element.clientHeight - margin.t - margin.b;
+      layout.annotations = [...layout.annotations, ...endLabels(traces, height, range)];
+    }
+    Object.assign(layout, {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font, margin,
+      hovermode: "closest", showlegend: labelled && narrow.matches,
+      legend: {orientation: "h", x: 0, y: -0.2, yanchor: "top", font: {color: palette.ink}},
+      hoverlabel: {bgcolor: palette.page, bordercolor: palette.line, font: {color: palette.ink}},
+    });
+    return Plotly.react(element, traces, layout,
+      {responsive: true, displaylogo: false, displayModeBar: false});
+  })).then(() => { document.body.dataset.drawn = String(Date.now()); });
+}
+
+const link = document.getElementById("download");
+link.download = payload.file;
+link.href = URL.createObjectURL(new Blob([payload.csv], {type: "text/csv"}));
+dark.addEventListener("change", draw);
+narrow.addEventListener("change", draw);
+draw();
+"""

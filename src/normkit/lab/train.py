@@ -1,0 +1,233 @@
+"""Train one run, step by step, from nothing or from a checkpoint, and say what happens."""
+
+import io
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.lab.config import Config
+from normkit.lab.data import Data, Part
+from normkit.lab.models import build, last_hidden
+
+# A run reports at most this often, so that writing the results costs the training nothing.
+_REPORT_SECONDS = 0.25
+# A checkpoint is due after a second, or later where writing one takes long: at most 2 % of time.
+_CHECKPOINT_SECONDS = 1.0
+_CHECKPOINT_SHARE = 0.02
+_EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the networks that a study compares; all else is the same."""
+
+    name: str
+    label: str
+    norm: str = "none"
+    rate: float = 1.0
+    """The learning rate, as a multiple of the configuration's."""
+    other_seeds: bool = False
+    """Train from seeds that no other arm uses."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run to do: an arm with a seed, from a checkpoint if there is one."""
+
+    run: int
+    arm: Arm
+    seed: int
+    config: Config
+    checkpoint: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run has to say: measurements by step, perhaps a checkpoint, at the end its outcome.
+
+    `status` is "running", "finished" or "diverged"; `seconds` the training time since the last
+    report, evaluations apart; `test_accuracy` comes with "finished".
+    """
+
+    run: int
+    step: int
+    rows: dict[int, dict[str, float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    status: str = "running"
+    test_accuracy: float | None = None
+    checkpoint: bytes | None = None
+
+
+_OTHER_SEEDS = 1_000_000
+
+
+def train(task: Task, data: Data) -> Iterator[Report]:
+    """Train `task` to its end and yield what it measures.
+
+    Measured every `eval_every` steps: mean training loss since the last time, validation loss and
+    accuracy (fractions), and the 15/50/85th percentiles of the first unit's input to the last
+    activation over the validation samples. Sets torch's global seed. The same task gives bitwise
+    the same numbers, whether or not it starts from one of its checkpoints.
+    """
+    config, arm = task.config, task.arm
+    assert config.steps is not None
+    assert config.eval_every is not None
+    seed = task.seed + (_OTHER_SEEDS if arm.other_seeds else 0)
+    model = build(config, data, arm.norm, seed)
+    optimizer = make_optimizer(model, config, arm.rate)
+    torch.manual_seed(seed)
+    step = 0
+    if task.checkpoint is not None:
+        step = _restore(task.checkpoint, model, optimizer)
+
+    batches = Batches(data.train, config.batch_size, seed)
+    rows: dict[int, dict[str, float]] = {}
+    seconds = 0.0
+    reported = saved = time.perf_counter()
+    saving = 0.0
+    while step < config.steps:
+        until = min(config.steps, step - step % config.eval_every + config.eval_every)
+        started = time.perf_counter()
+        losses = advance(model, optimizer, batches, step, until)
+        mean_loss = float(torch.stack(losses).mean())
+        seconds += time.perf_counter() - started
+        step = until
+        rows[step] = {"train_loss": mean_loss, **measure(model, data.validation)}
+        diverged = not all(
+            abs(rows[step][name]) < float("inf") for name in ("train_loss", "validation_loss")
+        )
+        if diverged:
+            yield Report(task.run, step, rows, seconds, "diverged")
+            return
+        now = time.perf_counter()
+        checkpoint = None
+        if step < config.steps and now - saved > max(
+            _CHECKPOINT_SECONDS, saving / _CHECKPOINT_SHARE
+        ):
+            checkpoint = _save(model, optimizer, step)
+            saved = time.perf_counter()
+            saving = saved - now
+        if checkpoint is not None or now - reported > _REPORT_SECONDS:
+            yield Report(task.run, step, rows, seconds, checkpoint=checkpoint)
+            rows, seconds, reported = {}, 0.0, now
+    accuracy = score(model, data.test)[1]
+    yield Report(task.run, step, rows, seconds, "finished", accuracy)
+
+
+def advance(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: "Batches", step: int, until: int
+) -> list[Tensor]:
+    """Take the steps from `step` to `until`; return their losses, not yet waited for."""
+    model.train()
+    losses = []
+    for number in range(step, until):
+        x, y = batches[number]
+        optimizer.zero_grad(set_to_none=True)
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+class Batches:
+    """The batch of every step: one permutation an epoch, from the seed and the epoch alone."""
+
+    def __init__(self, part: Part, size: int, seed: int) -> None:
+        self.x, self.y = part
+        self.size = size
+        self.seed = seed
+        # A last batch of few samples would change what batch norm sees: it is left out.
+        self.per_epoch = len(self.x) // size
+        self.epoch = -1
+        self.order: tuple[Tensor, ...] = ()
+
+    def __getitem__(self, step: int) -> Part:
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(self.x), generator=generator).to(self.x.device)
+            self.order, self.epoch = order.split(self.size), epoch
+        index = self.order[place]
+        return self.x.index_select(0, index), self.y.index_select(0, index)
+
+
+def make_optimizer(model: nn.Module, config: Config, rate: float) -> torch.optim.Optimizer:
+    """Return the optimizer that `config` names, at `rate` times its learning rate."""
+    assert config.lr is not None
+    lr = config.lr * rate
+    parameters = list(model.parameters())
+    match config.optimizer:
+        case "sgd":
+            return torch.optim.SGD(parameters, lr)
+        case "momentum":
+            return torch.optim.SGD(parameters, lr, momentum=0.9)
+        case "rmsprop":
+            return torch.optim.RMSprop(parameters, lr)
+        case _:
+            return torch.optim.Adam(parameters, lr)
+
+
+@torch.no_grad()
+def score(model: nn.Module, part: Part) -> tuple[float, float]:
+    """Return the mean loss and the accuracy (a fraction) on a part, in evaluation mode."""
+    x, y = part
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), device=x.device, dtype=torch.float64)
+    right = torch.zeros((), device=x.device, dtype=torch.int64)
+    for inputs, labels in zip(x.split(_EVALUATION_BATCH), y.split(_EVALUATION_BATCH), strict=True):
+        scores = model(inputs)
+        loss += nn.functional.cross_entropy(scores, labels, reduction="sum")
+        right += (scores.argmax(1) == labels).sum()
+    model.train(was_training)
+    return float(loss) / len(x), float(right) / len(x)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, part: Part) -> dict[str, float]:
+    """Return loss, accuracy and the percentiles of one unit's input to the last activation."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # Unit 0, fixed beforehand: the same unit, with the same initial weights, in every arm.
+        seen.append(inputs[0][:, 0].detach().flatten())
+
+    handle = last_hidden(model).register_forward_pre_hook(keep)
+    try:
+        loss, accuracy = score(model, part)
+    finally:
+        handle.remove()
+    result = {"validation_loss": loss, "validation_accuracy": accuracy}
+    values = torch.cat(seen).double().sort().values
+    if bool(torch.isfinite(values).all()):
+        for percent in (15, 50, 85):
+            result[f"p{percent}"] = float(values[round(percent / 100 * (len(values) - 1))])
+    return result
+
+
+def _save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> bytes:
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "device_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _restore(checkpoint: bytes, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    state = torch.load(io.BytesIO(checkpoint), weights_only=True, map_location="cpu")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if state["device_rng"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["device_rng"])
+    return int(state["step"])

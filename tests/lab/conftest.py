@@ -1,0 +1,45 @@
+"""What the lab's tests share: the command as a user gives it, in a process of its own."""
+
+import importlib.util
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# The studies are an extra: without it there is nothing to collect here.
+_NEEDS = ("numpy", "scipy", "sklearn", "rich", "plotly", "playwright")
+collect_ignore_glob = [] if all(map(importlib.util.find_spec, _NEEDS)) else ["test_*.py"]
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run `normkit study speed` with more options in an empty folder; return the ended process."""
+
+    def run(*words, **kwargs):
+        return subprocess.run(
+            [sys.executable, "-m", "normkit", "study", *map(str, words)],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONWARNINGS": "error::UserWarning"},
+            **kwargs,
+        )
+
+    return run
+
+
+def curves(folder: Path):
+    """Every measurement of a folder, by arm, seed, name and step, and each run's outcome."""
+    database = sqlite3.connect(folder / "results.sqlite")
+    metrics = database.execute(
+        "select arm, seed, name, metric.step, value from metric join run on run.id = run "
+        "order by 1, 2, 3, 4"
+    ).fetchall()
+    outcomes = database.execute(
+        "select arm, seed, status, step, test_accuracy from run order by 1, 2"
+    ).fetchall()
+    database.close()
+    return metrics, outcomes

@@ -1,0 +1,185 @@
+"""The report, in a real headless browser without a network."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from playwright import sync_api as browser_api
+
+from normkit.lab.config import Config
+from normkit.lab.data import load_data
+from normkit.lab.page import SCRIPT
+from normkit.lab.report import embedded, page, raw_numbers
+from normkit.lab.store import Run, Store
+from normkit.lab.studies.speed import ARMS, STUDY
+from normkit.lab.train import Task, train
+
+NASTY = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A small study's report, its data named so as to break out of the page if it could."""
+    folder = tmp_path_factory.mktemp("report")
+    config = Config(steps=200, eval_every=10, seeds=2).resolved("speed")
+    data = load_data(config)
+    store = Store(folder, {"study": "speed"})
+    for seed in range(2):
+        for arm in ARMS:
+            run, _ = store.add(arm, seed, config.identity())
+            for told in train(Task(run.id, arm, seed, config), data):
+                store.write(told)
+    runs = list(store.runs())
+    findings = STUDY.judge(config, {a.name: [r for r in runs if r.arm == a.name] for a in ARMS})
+    named = replace(config, data=NASTY, model=NASTY, out=NASTY)
+    text = page(STUDY, named, replace(data, name=NASTY), ARMS, runs, findings, store.versions())
+    store.close()
+    path = folder / "report.html"
+    path.write_text(text, "utf-8")
+    return path, runs, findings
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
+        pytest.skip("no chromium; make chromium installs it")
+    flags = (
+        "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
+        "--disable-sync --no-first-run"
+    )
+    with browser_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=flags.split())
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser, report):
+    """Open the report; return the page, what its console said and what it asked the network for."""
+    contexts = []
+
+    def open_(width=1400, scheme="light"):
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+        )
+        contexts.append(context)
+        tab = context.new_page()
+        said, asked = [], []
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(report[0].as_uri())
+        tab.wait_for_selector("body[data-drawn]")
+        return tab, said, asked
+
+    yield open_
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (390, "light")])
+def test_it_opens_offline_without_a_word_on_the_console(opened, width, scheme):
+    tab, said, asked = opened(width, scheme)
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    # Nothing is wider than the page.
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_the_expected_traces_are_drawn(opened, report):
+    tab, _, _ = opened()
+    drawn = "document.getElementById('plot-accuracy').data"
+    lines = tab.evaluate(f"{drawn}.filter(t => t.meta === 'line').map(t => t.name)")
+    assert lines == [arm.label for arm in ARMS]
+    assert tab.evaluate(f"{drawn}.filter(t => t.meta === 'band').length") == len(ARMS)
+    dots = tab.evaluate(f"{drawn}.filter(t => t.meta === 'dot').map(t => t.x[0])")
+    assert dots
+    assert all(10 <= dot <= 200 for dot in dots)
+    # A line for every arm and a marker for every dot are there to see, not only in the data.
+    plot = "#plot-accuracy .scatterlayer"
+    assert tab.locator(f"{plot} .point").count() == len(dots)
+    assert tab.locator(f"{plot} path.js-line").count() == len(ARMS)
+    names = tab.evaluate("document.getElementById('plot-percentiles').data.map(t => t.name)")
+    wanted = [f"{norm}, {p}th" for norm in ("no norm", "batch norm") for p in (85, 50, 15)]
+    assert names == wanted
+
+
+def test_hover_shows_the_values(opened):
+    tab, _, _ = opened()
+    plot = tab.locator("#plot-accuracy")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    point = tab.locator("#plot-accuracy .scatterlayer .point").first.bounding_box()
+    assert box["x"] < point["x"] < box["x"] + box["width"]
+    tab.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+    label = tab.locator("#plot-accuracy .hoverlayer .hovertext")
+    label.first.wait_for()
+    assert re.search(r"target after \d+ steps", label.first.text_content())
+
+
+def test_dark_and_light_differ_and_a_change_is_followed(opened):
+    tab, _, _ = opened(scheme="light")
+    style = "getComputedStyle(document.body).backgroundColor"
+    colour = "document.getElementById('plot-accuracy').data.find(t => t.meta === 'line').line.color"
+    light = tab.evaluate(style), tab.evaluate(colour)
+    tab.emulate_media(color_scheme="dark")
+    tab.wait_for_function(f"{colour} !== '{light[1]}'")
+    assert tab.evaluate(style) != light[0]
+
+
+def test_the_users_strings_are_text_and_nothing_else(opened, report):
+    tab, _, _ = opened()
+    assert tab.evaluate("window.pwned") is None
+    assert NASTY in tab.locator(".kicker").text_content()
+    assert NASTY not in report[0].read_text("utf-8")
+
+
+def test_the_raw_numbers_can_be_downloaded(opened, report):
+    tab, _, _ = opened()
+    with tab.expect_download() as download:
+        tab.click("#download")
+    lines = Path(download.value.path()).read_text().splitlines()
+    assert lines[0].startswith("arm,seed,step,status,test_accuracy,p15,p50,p85")
+    assert len(lines) == 1 + sum(len(run.curves["train_loss"][0]) for run in report[1])
+
+
+def test_verdicts_and_table_are_there_in_words(opened, report):
+    tab, _, _ = opened()
+    findings = report[2]
+    said = tab.locator(".verdict").all_text_contents()
+    for verdict, text in zip(findings.verdicts, said, strict=True):
+        assert verdict.word in text
+        assert verdict.because in text
+    assert tab.locator("tbody tr").count() == len(findings.rows)
+    assert tab.locator("pre").text_content().startswith("normkit study speed --data ")
+
+
+def test_the_page_is_under_8_mb_with_plotly_once_and_no_outside_address(report):
+    text = report[0].read_text("utf-8")
+    assert len(text.encode()) < 8e6
+    assert text.count("plotly.js v") == 1
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?http", text)
+
+
+def test_embedded_json_cannot_end_its_script():
+    value = {"a": "</script><!-- & \u2028"}
+    text = embedded(value)
+    assert "<" not in text
+    assert json.loads(text) == value
+
+
+def test_raw_numbers_of_a_long_study_are_thinned_to_two_megabytes():
+    steps = list(range(30_000))
+    values = [step / 7 for step in steps]
+    curves = dict.fromkeys(("train_loss", "p15", "p50", "p85"), (steps, values))
+    runs = [Run(1, "none", 0, "finished", 30_000, 1.0, 0.5, curves)]
+    assert 500_000 < len(raw_numbers(runs)) < 2_100_000
+
+
+def test_every_arm_has_its_colours():
+    for arm in ARMS:
+        assert SCRIPT.count(f'"{arm.name}": "#') == 2
