@@ -1,8 +1,10 @@
 """What the package promises as a whole."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,3 +43,13 @@ def test_info_lists_versions_and_backends():
     assert normkit.__version__ in said
     for name in normkit.backends():
         assert f"backend {name}" in said
+
+
+def test_the_readmes_python_runs(capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["y"].shape == (8, 3, 32, 32)
+    torch.testing.assert_close(scope["ours"](scope["x"]), scope["theirs"](scope["x"]))
+    assert "runs on" in capsys.readouterr().out
