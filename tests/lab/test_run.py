@@ -69,7 +69,7 @@ def test_a_config_file_holds_the_same_options(command, tmp_path):
     refused(command("speed", "--config", "d.toml"), "no such file")
 
 
-LONG = ("--steps", 3000, "--eval-every", 50, "--seeds", 2, "--arms", "none,batch")
+LONG = ("--steps", 2000, "--eval-every", 50, "--seeds", 2, "--arms", "none,batch")
 
 
 def start(folder, *words):
@@ -120,7 +120,7 @@ def test_after_kill_9_the_same_command_ends_with_bitwise_the_unbroken_curves(
             time.sleep(0.01)
         process.wait()
     assert killed == 2
-    assert progress_in(tmp_path / "killed/results.sqlite")[0] < 4 * 3000
+    assert progress_in(tmp_path / "killed/results.sqlite")[0] < 4 * 2000
     ended = start(tmp_path, *words, "--out", "killed")
     assert ended.wait() == 0, (tmp_path / "stderr.txt").read_text()
     assert curves(tmp_path / "killed") == curves(tmp_path / "unbroken")
@@ -224,7 +224,7 @@ def test_a_folder_that_cannot_be_written(command, tmp_path):
 def test_a_full_disk_is_said_and_the_same_command_goes_on(command, tmp_path):
     import resource
 
-    words = (*FAST, "--seeds", 2, "--steps", 600, "--jobs", 2, "--eval-every", 1)
+    words = (*FAST, "--seeds", 2, "--steps", 400, "--jobs", 2, "--eval-every", 1)
     small = (60_000, resource.RLIM_INFINITY)
     full = command(
         "speed",
