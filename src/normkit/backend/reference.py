@@ -139,7 +139,7 @@ def _statistics(spec: Spec, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, 
         return mean, torch.rsqrt(var + spec.eps), var
     # Squares of float32 beyond 2^48 may overflow in a sum: such pools are computed at 2^-80 of
     # their size, where eps vanishes beside any variance but that of a constant pool.
-    big = torch.linalg.vector_norm(x.detach(), math.inf, axes, keepdim=True) > 2.0**48
+    big = x.detach().abs().amax(axes, keepdim=True) > 2.0**48
     scale = torch.where(big, 2.0**-80, 1.0)
     mean, var = _moments(spec, inputs, x * scale)
     scaled = big & (var > 0)
@@ -149,13 +149,10 @@ def _statistics(spec: Spec, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, 
 
 def _moments(spec: Spec, inputs: Inputs, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (0 where it isn't subtracted) and the mean square of what remains."""
-    axes, average = spec.pool.axes(x.dim()), _average(spec, inputs, x)
+    average = _average(spec, inputs, x)
     if not spec.center:
         square = average(x * x)
         return torch.zeros_like(square), square
-    if inputs.mask is None:
-        var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-        return mean, var
     mean = average(x)
     x = _select(spec, inputs, x - mean)
     left = average(x)
