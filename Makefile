@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test check chromium clean
 
 demo: .venv/ready
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/normkit study speed --out runs/demo
 
 test: .venv/ready chromium
 	$(BIN)/python -m pytest

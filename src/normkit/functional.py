@@ -44,6 +44,7 @@ def batch_norm(
     mask: Tensor | None = None,
     residual: Tensor | None = None,
     act: str | None = None,
+    ranks: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Batch normalization: each channel of (N, C, *) by its mean and variance over N and *.
 
@@ -58,6 +59,7 @@ def batch_norm(
         input: (N, C, *), floating point.
         running_mean, running_var, weight, bias: (C,) each.
         residual: input's shape, dtype and device; added before `act`.
+        ranks: the ranks that input may have; None for any.
 
     Raises:
         ValueError: a wrong shape; in training, one value per channel; eps or momentum out of range;
@@ -66,9 +68,9 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithms 1 and 2.
     """
-    _check_input(input, 2, "(N, C, *)")
+    _check_input(input, 2, "(N, C, *)", ranks)
     _check_channels(
-        input.shape[1], running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+        input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
     check_momentum(momentum)
     if (running_mean is None) != (running_var is None):
@@ -82,8 +84,12 @@ def batch_norm(
                 "drop_last=True) drops a last batch of one), .eval(), or a norm that needs no "
                 "batch (GroupNorm, LayerNorm)"
             )
+        if eps == 0:
+            raise ValueError("eps must be positive when training, got 0; torch's default is 1e-5")
         spec = Spec(BATCH, eps, True, act)
         y, mean, var = _normalize(spec, input, weight, bias, mask=mask, residual=residual)
+        if running_mean is None and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
         if running_mean is not None and running_var is not None:
             statistics.track(
                 BATCH,
@@ -120,6 +126,8 @@ def instance_norm(
     mask: Tensor | None = None,
     residual: Tensor | None = None,
     act: str | None = None,
+    ranks: tuple[int, int] | None = None,
+    num_features: int | None = None,
 ) -> Tensor:
     """Instance normalization: each channel of each sample of (N, C, *) by itself.
 
@@ -127,13 +135,28 @@ def instance_norm(
 
     With `use_input_stats` they are the input's, and running ones, where given, move towards their
     average over the samples; otherwise the running ones are used. Arguments and errors as those of
-    `batch_norm`; one position per channel with input statistics is a ValueError.
+    `batch_norm`; one position per channel with input statistics is a ValueError. With `ranks`
+    (unbatched, batched) an input of the first rank is one sample without its batch axis.
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016 (arXiv 1607.08022).
     """
-    _check_input(input, 3, "(N, C, *) with at least one position axis")
+    _check_input(input, 2 if ranks else 3, "(N, C, *) with at least one position axis", ranks)
+    if ranks and input.dim() == ranks[0]:
+        return instance_norm(
+            input.unsqueeze(0),
+            *(running_mean, running_var, weight, bias, use_input_stats, momentum, eps),
+            mask=None if mask is None else mask.unsqueeze(0),
+            residual=None if residual is None else residual.unsqueeze(0),
+            act=act,
+            num_features=num_features,
+        ).squeeze(0)
+    if num_features is not None and input.shape[1] != num_features:
+        raise ValueError(
+            f"expected {num_features} channels, got {input.shape[1]} in input of shape "
+            f"{tuple(input.shape)}"
+        )
     _check_channels(
-        input.shape[1], running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+        input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
     check_momentum(momentum)
     if not use_input_stats:
@@ -148,7 +171,9 @@ def instance_norm(
             f"{tuple(input.shape)}, whose variance is 0; use larger inputs or another norm"
         )
     spec = Spec(INSTANCE, eps, True, act)
-    y, mean, var = _normalize(spec, input, weight, bias, mask=mask, residual=residual)
+    y, mean, var = _normalize(
+        spec, input, weight, bias, mask=mask, residual=residual, tracked=running_mean is not None
+    )
     if running_mean is not None and running_var is not None:
         statistics.track(
             INSTANCE, input, mask, mean, var, running_mean, running_var, None, momentum
@@ -167,7 +192,7 @@ def group_norm(
     residual: Tensor | None = None,
     act: str | None = None,
 ) -> Tensor:
-    """Group normalization: the channels of (N, C, *) in groups, each group of each sample by itself.
+    """Group normalization: each group of channels of each sample of (N, C, *) by itself.
 
     y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual), statistics over C / G
     channels and *, the same in training and evaluation. weight and bias are (C,). Errors as those
@@ -178,20 +203,23 @@ def group_norm(
     _check_input(input, 2, "(N, C, *)")
     channels = input.shape[1]
     check_groups(num_groups, channels)
-    _check_channels(channels, weight=weight, bias=bias)
+    _check_channels(input, weight=weight, bias=bias)
     if math.prod(input.shape) == num_groups and mask is None:
         raise ValueError(
             f"expected more than 1 value per group, got input of shape {tuple(input.shape)} in "
             f"{num_groups} groups; use fewer groups"
         )
-    input, residual = _autocast("group_norm", input, residual)
+    if residual is not None:
+        _check_like("residual", residual, input)
+        residual = _autocast("group_norm", residual)
+    input = _autocast("group_norm", input)
     spec = Spec(group(num_groups), eps, True, act)
     return _normalize(spec, input, weight, bias, mask=mask, residual=residual)[0]
 
 
 def layer_norm(
     input: Tensor,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -231,7 +259,7 @@ def layer_norm(
 
 def rms_norm(
     input: Tensor,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
     *,
@@ -250,6 +278,7 @@ def rms_norm(
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4.
     """
     if eps is None:
+        _check_input(input, 1, "any")
         eps = torch.finfo(compute_dtype(input.dtype)).eps
     return _row_norm(
         "rms_norm",
@@ -265,7 +294,7 @@ for _name in ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_no
 def _row_norm(
     name: str,
     input: Tensor,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -274,16 +303,12 @@ def _row_norm(
     add: Tensor | None,
     act: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    shape = tuple(normalized_shape)
+    shape = check_normalized_shape(normalized_shape, channels_first)
     _check_input(input, 2 if channels_first else 1, "(N, C, *)" if channels_first else "any")
     if channels_first:
-        if len(shape) != 1:
-            raise ValueError(f"channels_first normalizes the one axis C, got {shape}")
         met: tuple[int, ...] = (input.shape[1],)
         pool = CHANNELS
     else:
-        if not shape:
-            raise ValueError("normalized_shape must name at least one axis, got ()")
         met = tuple(input.shape[-len(shape) :])
         pool = last(len(shape))
     if met != shape:
@@ -292,13 +317,16 @@ def _row_norm(
             f"{shape[0] if channels_first else shape}, got input of shape {tuple(input.shape)}"
         )
     for what, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and tuple(parameter.shape) != shape:
+        if parameter is None:
+            continue
+        if tuple(parameter.shape) != shape:
             raise ValueError(f"expected {what} of shape {shape}, got {tuple(parameter.shape)}")
+        _check_device(what, parameter, input)
     if add is not None:
         _check_like("add", add, input)
         input = input + add
     summed = input
-    (input,) = _autocast(name, input)
+    input = _autocast(name, input)
     spec = Spec(pool, eps, name == "layer_norm", act)
     y = _normalize(spec, input, weight, bias, mask=mask)[0]
     return y if add is None else (y, summed)
@@ -336,25 +364,27 @@ def _normalize(
     residual: Tensor | None = None,
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
+    tracked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if residual is not None:
         _check_like("residual", residual, x)
     if mask is not None:
         _check_mask(mask, x)
-    y, mean, _, var = autograd.normalize(spec, Inputs(x, weight, bias, residual, mask, mean, rstd))
+    inputs = Inputs(x, weight, bias, residual, mask, mean, rstd)
+    y, mean, _, var = autograd.normalize(spec, inputs, tracked)
     return y, mean, var
 
 
-def _autocast(name: str, x: Tensor, *more: Tensor | None) -> tuple[Tensor, ...]:
+def _autocast(name: str, x: Tensor) -> Tensor:
     device = x.device.type
     if name in _AUTOCAST_TO_FLOAT32.get(device, ()) and torch.is_autocast_enabled(device):
-        return tuple(t if t is None or t.dtype == torch.float64 else t.float() for t in (x, *more))  # type: ignore[misc]
-    return (x, *more)  # type: ignore[return-value]
+        return x.to(compute_dtype(x.dtype))
+    return x
 
 
 def check_groups(groups: int, channels: int) -> None:
     """groups divide channels, or ValueError with those that do."""
-    if groups < 1 or channels % groups:
+    if not isinstance(groups, int) or groups < 1 or channels % groups:
         dividing = [g for g in range(1, min(channels, 64) + 1) if channels % g == 0]
         raise ValueError(
             f"num_channels must be divisible by num_groups, got {channels} channels in {groups} "
@@ -362,25 +392,57 @@ def check_groups(groups: int, channels: int) -> None:
         )
 
 
-def _check_input(x: Tensor, rank: int, shape: str) -> None:
+def check_normalized_shape(
+    normalized_shape: int | Sequence[int], channels_first: bool
+) -> tuple[int, ...]:
+    """The normalized axes as a tuple: at least one, and with `channels_first` just one."""
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape:
+        raise ValueError("normalized_shape must name at least one axis, got ()")
+    if channels_first and len(shape) != 1:
+        raise ValueError(f"channels_first normalizes the one axis C, got {shape}")
+    return shape
+
+
+def _check_input(x: Tensor, rank: int, shape: str, ranks: tuple[int, ...] | None = None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor as input, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(
             f"expected a floating-point input, got {x.dtype}; convert it, as by .float()"
+        )
+    if ranks and x.dim() not in ranks:
+        raise ValueError(
+            f"expected {' or '.join(f'{r}D' for r in ranks)} input, got {x.dim()}D of shape "
+            f"{tuple(x.shape)}; add or remove axes, or use the layer for {x.dim()}D input"
         )
     if x.dim() < rank:
         raise ValueError(f"expected input {shape}, got shape {tuple(x.shape)}")
 
 
-def _check_channels(channels: int, **parameters: Tensor | None) -> None:
+def _check_channels(x: Tensor, **parameters: Tensor | None) -> None:
+    channels = x.shape[1]
     for name, parameter in parameters.items():
-        if parameter is not None and (parameter.dim() != 1 or parameter.shape[0] != channels):
+        if parameter is None:
+            continue
+        if parameter.dim() != 1 or parameter.shape[0] != channels:
             raise ValueError(
                 f"input has {channels} channels (axis 1), but {name} has shape "
                 f"{tuple(parameter.shape)}; the layer and its input must agree"
             )
+        _check_device(name, parameter, x)
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, the input on {x.device}; move one to the other by .to()"
+        )
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor like the input, got {type(tensor).__name__}")
     for what in ("shape", "dtype", "device"):
         met, expected = getattr(tensor, what), getattr(x, what)
         if met != expected:
@@ -389,14 +451,15 @@ def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask must be boolean (True: take part), got {mask.dtype}; use mask.bool()"
-        )
-    if mask.dim() != x.dim() or any(
-        m not in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)
-    ):
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        met = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a boolean tensor (True: take part), got {met}")
+    shapes_fit = mask.dim() == x.dim() and all(
+        m in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)
+    )
+    if not shapes_fit:
         raise ValueError(
             f"mask must have the input's rank and broadcast to its shape {tuple(x.shape)}, got "
             f"{tuple(mask.shape)}; a mask of (N, L) for input (N, C, L) is mask[:, None, :]"
         )
+    _check_device("mask", mask, x)

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -22,14 +21,18 @@ from .spec import check_act, check_eps, check_momentum
 class _Norm(nn.Module):
     """What all layers share: checked constants, an activation, errors that name the layer."""
 
-    eps: float | None
     act: str | None = None
+    eps: Any
 
     def _check(self) -> None:
-        if self.eps is not None:
-            check_eps(self.eps)
-        check_momentum(getattr(self, "momentum", None))
-        check_act(self.act)
+        name = type(self).__name__
+        try:
+            if not (isinstance(self, RMSNorm) and self.eps is None):
+                check_eps(self.eps)
+            check_momentum(getattr(self, "momentum", None))
+            check_act(self.act)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{name}: {error}") from error
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -49,9 +52,9 @@ class _Norm(nn.Module):
 
 
 class _BatchLayer(_Norm, _BatchNorm):
-    ranks: tuple[int, ...] = ()
+    ranks: tuple[int, ...] | None = None
 
-    @functools.wraps(_BatchNorm.__init__)
+    @functools.wraps(_BatchNorm.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._check()
@@ -60,12 +63,10 @@ class _BatchLayer(_Norm, _BatchNorm):
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """y of input (N, C, *); `residual` is added before `act`. See `functional.batch_norm`."""
-        if self.ranks:
-            _check_rank(self, input, self.ranks)
         tracked = self.running_mean is not None and self.running_var is not None
         tracking = self.training and self.track_running_stats
-        read = tracking or not self.training
-        return self._call(  # type: ignore[no-any-return]
+        read = tracking or (tracked and not self.training)
+        return self._call(
             functional.batch_norm,
             input,
             self.running_mean if read else None,
@@ -75,10 +76,11 @@ class _BatchLayer(_Norm, _BatchNorm):
             self.training or not tracked,
             self.momentum,
             self.eps,
-            num_batches_tracked=self.num_batches_tracked if tracking else None,
+            num_batches_tracked=self.num_batches_tracked if read else None,
             mask=mask,
             residual=residual,
             act=self.act,
+            ranks=self.ranks,
         )
 
 
@@ -118,6 +120,7 @@ class BatchNorm(_BatchLayer):
         act: None, "relu", "leaky_relu", "silu" or "gelu".
 
     State, train and eval behaviour: as `BatchNorm1d`. Errors: `normkit.functional.batch_norm`.
+    torch's converters (SyncBatchNorm, conv-bn fusion) take it for plain batch norm and drop `act`.
     """
 
     def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
@@ -138,21 +141,7 @@ class _InstanceLayer(_Norm, _InstanceNorm):
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """y of input (N, C, *) or (C, *); `residual` is added before `act`."""
-        _check_rank(self, input, (self.unbatched_rank, self.unbatched_rank + 1))
-        if not isinstance(input, torch.fx.Proxy):
-            channel_axis = input.dim() - self.unbatched_rank
-            if input.shape[channel_axis] != self.num_features:
-                raise ValueError(
-                    f"{self}: expected {self.num_features} channels on axis {channel_axis}, got "
-                    f"input of shape {tuple(input.shape)}"
-                )
-            if channel_axis == 0:
-                batched = (None if t is None else t.unsqueeze(0) for t in (input, mask, residual))
-                return self._batched(*batched).squeeze(0)  # type: ignore[arg-type]
-        return self._batched(input, mask, residual)
-
-    def _batched(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
-        return self._call(  # type: ignore[no-any-return]
+        return self._call(
             functional.instance_norm,
             input,
             self.running_mean,
@@ -165,6 +154,8 @@ class _InstanceLayer(_Norm, _InstanceNorm):
             mask=mask,
             residual=residual,
             act=self.act,
+            ranks=(self.unbatched_rank, self.unbatched_rank + 1),
+            num_features=self.num_features,
         )
 
 
@@ -194,7 +185,7 @@ class InstanceNorm2d(_InstanceLayer, nn.InstanceNorm2d):
 
 
 class InstanceNorm3d(_InstanceLayer, nn.InstanceNorm3d):
-    """Drop-in for `torch.nn.InstanceNorm3d`, for (N, C, D, H, W), (C, D, H, W); as `InstanceNorm1d`."""
+    """Drop-in for `torch.nn.InstanceNorm3d`, for 5-d or 4-d input; as `InstanceNorm1d`."""
 
     unbatched_rank = 4
 
@@ -226,7 +217,7 @@ class GroupNorm(_Norm, nn.GroupNorm):
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """y of input (N, C, *); `residual` is added before `act`."""
-        return self._call(  # type: ignore[no-any-return]
+        return self._call(
             functional.group_norm,
             input,
             self.num_groups,
@@ -252,6 +243,7 @@ class _RowLayer(_Norm):
         act: str | None = None,
         **kwargs: Any,
     ) -> None:
+        functional.check_normalized_shape(normalized_shape, channels_first)
         super().__init__(normalized_shape, *args, **kwargs)
         self.channels_first = channels_first
         self.act = act
@@ -276,11 +268,11 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
     Formula, errors and source: `normkit.functional.layer_norm`.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, input: Tensor, mask: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """y, or with `add` (norm(input + add), input + add)."""
-        return self._call(  # type: ignore[no-any-return]
+        return self._call(
             functional.layer_norm,
             input,
             self.normalized_shape,
@@ -304,11 +296,11 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
     source: `normkit.functional.rms_norm`.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, input: Tensor, mask: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """y, or with `add` (norm(input + add), input + add)."""
-        return self._call(  # type: ignore[no-any-return]
+        return self._call(
             functional.rms_norm,
             input,
             self.normalized_shape,
@@ -318,12 +310,4 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
             mask=mask,
             add=add,
             act=self.act,
-        )
-
-
-def _check_rank(layer: nn.Module, input: Tensor, ranks: tuple[int, ...]) -> None:
-    if not isinstance(input, torch.fx.Proxy) and input.dim() not in ranks:
-        raise ValueError(
-            f"{layer}: expected {' or '.join(f'{r}D' for r in ranks)} input, got {input.dim()}D of "
-            f"shape {tuple(input.shape)}; normkit.BatchNorm takes any (N, C, *)"
         )

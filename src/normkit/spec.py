@@ -57,13 +57,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_eps(eps: float) -> None:
     """eps is finite and not negative, or ValueError."""
-    if not (isinstance(eps, int | float) and math.isfinite(eps) and eps >= 0):
+    if eps is None or not 0 <= eps < math.inf:
         raise ValueError(f"eps must be a finite number >= 0, got {eps!r}; torch's default is 1e-5")
 
 
 def check_momentum(momentum: float | None) -> None:
     """momentum is in [0, 1] or None, or ValueError."""
-    if momentum is not None and not 0 <= momentum <= 1:
+    if isinstance(momentum, str) or (momentum is not None and not 0 <= momentum <= 1):
         raise ValueError(
             f"momentum must be in [0, 1], or None for the average of all batches, got {momentum!r};"
             " it weighs the new batch, as in torch"
@@ -74,5 +74,5 @@ def check_act(act: str | None) -> None:
     """act is None or known, or ValueError with the nearest known name."""
     if act is not None and act not in ACTS:
         near = difflib.get_close_matches(str(act).lower(), ACTS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown act {act!r}{hint} Known: None, {', '.join(map(repr, ACTS))}")
+        hint = f" did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown act {act!r};{hint} known: None, {', '.join(map(repr, ACTS))}")

@@ -14,7 +14,7 @@ from .spec import compute_dtype
 def given(
     running_mean: Tensor, running_var: Tensor, eps: float, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(mean, rstd) for evaluation, as copies: the buffers may move before the backward reads them."""
+    """(mean, rstd) for evaluation: copies, since the buffers may move before the backward."""
     dtype = compute_dtype(x.dtype)
     return running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).rsqrt()
 
@@ -37,39 +37,39 @@ def track(
     None. Statistics per sample and channel are averaged over the samples. Empty pools move
     nothing; pools of one value leave the variance alone.
     """
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    factor: float | Tensor = 0.0
-    if momentum is not None:
-        factor = momentum
-    elif num_batches_tracked is not None:
-        factor = 1.0 / num_batches_tracked.to(running_mean.dtype)
     mean, var = mean.detach(), var.detach()
+    seen: int | Tensor = 1
     if mask is None:
         count = math.prod([x.shape[i] for i in pool.axes(x.dim())])
-        if count == 0 or mean.numel() == 0:
-            return
-        new_mean, new_var = mean, var * (count / (count - 1)) if count > 1 else None
-        if mean.dim() == 2:
-            new_mean = mean.mean(0)
-            new_var = None if new_var is None else new_var.mean(0)
-        _move(running_mean, new_mean, factor)
-        if new_var is not None:
-            _move(running_var, new_var, factor)
-        return
-    counts = mask.expand(x.shape).sum(pool.axes(x.dim()))
-    unbiased = var * (counts / (counts - 1).clamp(min=1)).to(var.dtype)
-    for running, new, enough in (
-        (running_mean, mean, counts > 0),
-        (running_var, unbiased, counts > 1),
-    ):
-        new = torch.where(enough, new, 0)
-        if mean.dim() == 2:
-            new = new.sum(0) / enough.sum(0).clamp(min=1)
-            enough = enough.any(0)
-        moved = running * (1 - factor) + new.to(running.dtype) * factor
-        running.copy_(torch.where(enough, moved, running))
+        filled = count > 0 and mean.numel() > 0
+        has_mean = has_var = torch.full_like(mean, filled, dtype=torch.bool)
+        has_var = has_mean & (count > 1)
+        unbiased = var * (count / max(count - 1, 1))
+    else:
+        counts = mask.expand(x.shape).sum(pool.axes(x.dim()))
+        has_mean, has_var = counts > 0, counts > 1
+        unbiased = var * (counts / (counts - 1).clamp(min=1)).to(var.dtype)
+        seen = has_mean.any()
+    factor: float | Tensor = 0.0 if momentum is None else momentum
+    if momentum is None and num_batches_tracked is not None:
+        factor = 1.0 / (num_batches_tracked + seen).clamp(min=1).to(running_mean.dtype)
+    moved = [
+        _moved(running, new, has, factor)
+        for running, new, has in (
+            (running_mean, mean, has_mean),
+            (running_var, unbiased, has_var),
+        )
+    ]
+    running_mean.copy_(moved[0])
+    running_var.copy_(moved[1])
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(seen)
 
 
-def _move(running: Tensor, new: Tensor, factor: float | Tensor) -> None:
-    running.mul_(1 - factor).add_(new.to(running.dtype) * factor)
+def _moved(running: Tensor, new: Tensor, has: Tensor, factor: float | Tensor) -> Tensor:
+    new = torch.where(has, new, 0)
+    if new.dim() == 2:
+        new = new.sum(0) / has.sum(0).clamp(min=1)
+        has = has.any(0)
+    moved = running * (1 - factor) + new.to(running.dtype) * factor
+    return torch.where(has, moved, running)

@@ -2,10 +2,8 @@
 
 import importlib.util
 import os
-import sqlite3
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -29,17 +27,3 @@ def command(tmp_path):
         )
 
     return run
-
-
-def curves(folder: Path):
-    """Every measurement of a folder, by arm, seed, name and step, and each run's outcome."""
-    database = sqlite3.connect(folder / "results.sqlite")
-    metrics = database.execute(
-        "select arm, seed, name, metric.step, value from metric join run on run.id = run "
-        "order by 1, 2, 3, 4"
-    ).fetchall()
-    outcomes = database.execute(
-        "select arm, seed, status, step, test_accuracy from run order by 1, 2"
-    ).fetchall()
-    database.close()
-    return metrics, outcomes

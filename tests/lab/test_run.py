@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import curves
+from folders import curves
 
 FAST = ("--steps", 60, "--eval-every", 10, "--seeds", 1, "--arms", "none,batch", "--jobs", 1)
 

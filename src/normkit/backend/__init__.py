@@ -29,7 +29,7 @@ def choose(spec: Spec, inputs: Inputs) -> ModuleType:
 
 
 def reasons(spec: Spec, inputs: Inputs) -> list[str]:
-    """For each backend in order of preference: its name and whether it takes this call, or why not."""
+    """For each backend, in order of preference: that it takes this call, or why not."""
     return [
         f"{name}: {backend.available() or backend.why_not(spec, inputs) or 'takes this call'}"
         for name, backend in BACKENDS.items()

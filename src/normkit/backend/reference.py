@@ -56,7 +56,7 @@ def normalize_backward(
     With dz = dy * act'(z) and g = dz * weight:
     dx = rstd * (g - <g> - x̂ * <g * x̂>), <.> the mean over a pool, and dx = rstd * g where the
     statistics were given; dweight = Σ dz * x̂, dbias = Σ dz, dresidual = dz. `inputs` may hold the
-    mean and rstd that `normalize` returned; without them they are taken from x again, differentiably.
+    mean and rstd that `normalize` returned; without them they are functions of x again.
     """
     pool, x, weight, bias = spec.pool, inputs.x, inputs.weight, inputs.bias
     standard, _, rstd, _ = _standardize(spec, inputs)
@@ -119,7 +119,13 @@ def _standardize(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Te
         var = torch.zeros_like(rstd)
     else:
         mean, rstd, var = _statistics(spec, x, inputs)
-    return _select(spec, inputs, x - mean if spec.center else x) * rstd, mean, rstd, var
+    if spec.center:
+        x = _select(spec, inputs, x - mean)
+        if not spec.given:
+            # A mean rounded to x's dtype is off by up to half a unit in its last place, which at
+            # mean 1e5 and std 1 shifts x̂ in the third digit: take out what it left.
+            x = x - _average(spec, inputs, x)(x)
+    return _select(spec, inputs, x) * rstd, mean, rstd, var
 
 
 def _statistics(spec: Spec, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,31 +137,27 @@ def _statistics(spec: Spec, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, 
     if x.dtype == torch.float64:
         mean, var = _moments(spec, inputs, x)
         return mean, torch.rsqrt(var + spec.eps), var
-    # Squares of float32 beyond 2^48 may overflow in a sum: such pools are computed at 2^-80 of their
-    # size. There eps vanishes beside any variance, and only keeps a constant pool from 0 / 0.
-    big = torch.linalg.vector_norm(x.detach(), math.inf, axes, keepdim=True) > 2.0**48
+    # Squares of float32 beyond 2^48 may overflow in a sum: such pools are computed at 2^-80 of
+    # their size, where eps vanishes beside any variance but that of a constant pool.
+    big = x.detach().abs().amax(axes, keepdim=True) > 2.0**48
     scale = torch.where(big, 2.0**-80, 1.0)
     mean, var = _moments(spec, inputs, x * scale)
-    rstd = torch.rsqrt(var + torch.where(big, 2.0**-126, spec.eps)) * scale
-    return mean / scale, rstd, var / scale / scale
+    scaled = big & (var > 0)
+    rstd = torch.rsqrt(var + torch.where(scaled, 2.0**-126, spec.eps))
+    return mean / scale, rstd * torch.where(scaled, scale, 1.0), var / scale / scale
 
 
 def _moments(spec: Spec, inputs: Inputs, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (0 where it isn't subtracted) and the mean square of what remains."""
-    axes, average = spec.pool.axes(x.dim()), _average(spec, inputs, x)
+    average = _average(spec, inputs, x)
     if not spec.center:
         square = average(x * x)
         return torch.zeros_like(square), square
-    if inputs.mask is None:
-        var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-        return mean, var
-    first = average(x)
-    x = _select(spec, inputs, x - first)
-    # The second round removes the rounding error of the first: at mean 1e3 and std 1e-2 a mean that
-    # is off in its last place already shifts x̂.
-    second = average(x)
-    x = _select(spec, inputs, x - second)
-    return first + second, average(x * x)
+    mean = average(x)
+    x = _select(spec, inputs, x - mean)
+    left = average(x)
+    x = _select(spec, inputs, x - left)
+    return mean + left, average(x * x)
 
 
 def _select(spec: Spec, inputs: Inputs, x: Tensor) -> Tensor:
@@ -165,7 +167,7 @@ def _select(spec: Spec, inputs: Inputs, x: Tensor) -> Tensor:
 
 
 def _average(spec: Spec, inputs: Inputs, view: Tensor) -> Callable[[Tensor], Tensor]:
-    """The mean over each pool; 0 over an empty one."""
+    """The mean over each pool; 0 over a masked one."""
     axes = spec.pool.axes(view.dim())
     if inputs.mask is None:
         return lambda v: v.mean(axes, keepdim=True)

@@ -1,0 +1,200 @@
+"""Each layer against torch's: outputs, gradients, buffers and state."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import normkit
+from cases import CASES
+
+# float32: a few roundings of values around 1; half types: one rounding of the result, since both
+# compute in float32.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 1.6e-2,
+    torch.float16: 2e-3,
+}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def randomize(layer):
+    with torch.no_grad():
+        for name, tensor in layer.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) + (0.5 if "var" in name else 0.0))
+    return layer
+
+
+def pair(case, **kwargs):
+    ours, theirs = case.pair(**kwargs)
+    ours.load_state_dict(randomize(theirs).state_dict())
+    return ours, theirs
+
+
+def input_of(case, layout, dtype):
+    x = torch.randn(case.shape, dtype=torch.float64).to(dtype) * 2 + 0.5
+    if layout == "strided":
+        return torch.stack([x, -x], -1)[..., 0]
+    if layout == "channels_last":
+        return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
+    return x
+
+
+LAID_OUT = [
+    (case, layout)
+    for case in CASES
+    for layout in ("contiguous", "strided", "channels_last")
+    if layout != "channels_last" or len(case.shape) in CHANNELS_LAST
+]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("case", "layout"), LAID_OUT, ids=str)
+def test_outputs_gradients_and_buffers_are_torchs(case, dtype, layout, training, each_backend):
+    ours, theirs = pair(case, dtype=dtype)
+    ours.train(training)
+    theirs.train(training)
+    for _ in range(2):
+        x = input_of(case, layout, dtype)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        ya, yb = ours(a), theirs(b)
+        assert ya.dtype == yb.dtype
+        assert ya.shape == yb.shape
+        tolerance = {"atol": 4 * TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+        torch.testing.assert_close(ya, yb, **tolerance)
+        dy = torch.randn_like(ya)
+        for layer, y in ((ours, ya), (theirs, yb)):
+            layer.zero_grad()
+            y.backward(dy)
+        tolerance = {"atol": 16 * TOLERANCE[dtype], "rtol": 4 * TOLERANCE[dtype]}
+        torch.testing.assert_close(a.grad, b.grad, **tolerance)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, **tolerance)
+        for p, q in zip(ours.buffers(), theirs.buffers(), strict=True):
+            torch.testing.assert_close(p, q, **tolerance)
+        if layout == "channels_last":
+            assert ya.is_contiguous(memory_format=CHANNELS_LAST[x.dim()])
+            assert a.grad.is_contiguous(memory_format=CHANNELS_LAST[x.dim()])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_state_repr_and_copies_are_torchs(case):
+    ours, theirs = pair(case)
+    assert isinstance(ours, type(theirs))
+    assert repr(ours) == repr(theirs)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert ours.state_dict()._metadata == theirs.state_dict()._metadata
+    x = torch.randn(case.shape)
+    ours.eval()
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(copied) is type(ours)
+        assert torch.equal(copied(x), ours(x))
+
+
+@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+def test_batch_norm_keeps_torchs_constructor(name):
+    assert inspect.signature(getattr(normkit, name)) == inspect.signature(getattr(nn, name))
+
+
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    [
+        (CASES[2], (0, 6, 4, 5)),
+        (CASES[2], (2, 6, 0, 5)),
+        (CASES[6], (0, 4, 7)),
+        (CASES[11], (0, 6, 4)),
+        (CASES[14], (0, 3, 8)),
+        (CASES[17], (0, 8)),
+    ],
+    ids=str,
+)
+def test_empty_inputs_move_nothing_and_have_zero_gradients(case, shape, each_backend):
+    ours, theirs = pair(case)
+    x = torch.zeros(shape, requires_grad=True)
+    y = ours(x)
+    assert y.shape == theirs(torch.zeros(shape)).shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape
+    for p in ours.parameters():
+        assert torch.equal(p.grad, torch.zeros_like(p))
+    for p, q in zip(ours.buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_the_meta_device_and_to_empty():
+    layer = normkit.BatchNorm2d(3, device="meta")
+    assert layer(torch.empty(2, 3, 4, 4, device="meta")).shape == (2, 3, 4, 4)
+    layer.to_empty(device="cpu").reset_parameters()
+    torch.testing.assert_close(layer(torch.ones(2, 3, 4, 4)), torch.zeros(2, 3, 4, 4))
+
+
+def test_torchs_converters_and_tools_take_the_layers():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), normkit.BatchNorm2d(4))
+    net(torch.randn(8, 3, 5, 5))
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
+    assert isinstance(converted[1], nn.SyncBatchNorm)
+    torch.testing.assert_close(converted[1].running_var, net[1].running_var)
+    x = torch.randn(2, 3, 5, 5)
+    expected = net.eval()(x)
+    torch.testing.assert_close(nn.utils.fuse_conv_bn_eval(*net)(x), expected)
+    data = [torch.randn(8, 3, 5, 5) for _ in range(3)]
+    torch.optim.swa_utils.update_bn(data, net)
+    activations = torch.stack([net[0](d) for d in data])
+    torch.testing.assert_close(net[1].running_mean, activations.mean((0, 1, 3, 4)))
+
+
+def test_two_forwards_before_a_backward_and_buffers_written_between():
+    layer, other = normkit.BatchNorm1d(3), nn.BatchNorm1d(3)
+    for evaluating in (False, True):
+        layer.train(not evaluating)
+        other.train(not evaluating)
+        x, z = torch.randn(2, 8, 3)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        first = layer(a)
+        layer(z)
+        layer.running_mean.mul_(2)
+        layer.running_var.mul_(2)
+        first.square().sum().backward()
+        other.load_state_dict(layer.state_dict())
+        if evaluating:
+            other.running_mean.div_(2)
+            other.running_var.div_(2)
+        other(b).square().sum().backward()
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's own
+@pytest.mark.parametrize("case", [CASES[2], CASES[11], CASES[14], CASES[17]], ids=str)
+def test_autocast_gives_torchs_dtype(case):
+    ours, theirs = pair(case)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(case.shape).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(ours(x), theirs(x), atol=2e-2, rtol=1e-2)
+            assert ours(x).dtype == theirs(x).dtype
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[9], CASES[11]], ids=str)
+def test_input_gradients_are_channels_last_whatever_the_output_gradients_layout(case, each_backend):
+    layer, _ = pair(case)
+    memory_format = CHANNELS_LAST[len(case.shape)]
+    x = torch.randn(case.shape).contiguous(memory_format=memory_format).requires_grad_()
+    for dy in (torch.randn(case.shape), torch.ones(()).expand(case.shape)):
+        (dx,) = torch.autograd.grad(layer(x), x, dy)
+        assert dx.is_contiguous(memory_format=memory_format)
+
+
+def test_without_running_statistics_batches_are_counted_as_in_torch():
+    ours, theirs = normkit.BatchNorm1d(3), nn.BatchNorm1d(3)
+    for layer in (ours, theirs):
+        layer.running_mean = layer.running_var = None
+        layer(torch.randn(4, 3))
+        layer.eval()
+        layer(torch.randn(4, 3))
+    assert ours.num_batches_tracked == theirs.num_batches_tracked == 1
