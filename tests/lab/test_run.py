@@ -80,6 +80,8 @@ def start(folder, *words):
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             start_new_session=True,
+            # A shell's background jobs inherit an ignored Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 
