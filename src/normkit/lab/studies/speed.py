@@ -1,6 +1,6 @@
 """Does batch normalization reach the same accuracy in fewer steps, and bear larger rates?
 
-Ioffe & Szegedy 2015, Figures 1 to 3. The rule, fixed before any run:
+Ioffe & Szegedy 2015, Figures 1 to 3. The rule, one for all data (its history: docs/lab.md):
 
 - Target: 98 % of the median, over the seeds, of the final smoothed validation accuracy without
   normalization. A curve is smoothed by the mean of the last five evaluations.
