@@ -234,6 +234,7 @@ class _RowLayer(_Norm):
     """LayerNorm and RMSNorm: over the last axes, or over the channels of (N, C, *)."""
 
     channels_first: bool = False
+    normalized_shape: tuple[int, ...]
 
     def __init__(
         self,
@@ -248,6 +249,26 @@ class _RowLayer(_Norm):
         self.channels_first = channels_first
         self.act = act
         self._check()
+
+    def _rows(
+        self,
+        function: Callable[..., Any],
+        affine: tuple[Tensor | None, ...],
+        input: Tensor,
+        mask: Tensor | None,
+        add: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return self._call(
+            function,
+            input,
+            self.normalized_shape,
+            *affine,
+            self.eps,
+            channels_first=self.channels_first,
+            mask=mask,
+            add=add,
+            act=self.act,
+        )
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", channels_first=True" if self.channels_first else "")
@@ -272,18 +293,7 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
         self, input: Tensor, mask: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """y, or with `add` (norm(input + add), input + add)."""
-        return self._call(
-            functional.layer_norm,
-            input,
-            self.normalized_shape,
-            self.weight,
-            self.bias,
-            self.eps,
-            channels_first=self.channels_first,
-            mask=mask,
-            add=add,
-            act=self.act,
-        )
+        return self._rows(functional.layer_norm, (self.weight, self.bias), input, mask, add)
 
 
 class RMSNorm(_RowLayer, nn.RMSNorm):
@@ -300,14 +310,4 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
         self, input: Tensor, mask: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """y, or with `add` (norm(input + add), input + add)."""
-        return self._call(
-            functional.rms_norm,
-            input,
-            self.normalized_shape,
-            self.weight,
-            self.eps,
-            channels_first=self.channels_first,
-            mask=mask,
-            add=add,
-            act=self.act,
-        )
+        return self._rows(functional.rms_norm, (self.weight,), input, mask, add)

@@ -42,7 +42,7 @@ def track(
     if mask is None:
         count = math.prod([x.shape[i] for i in pool.axes(x.dim())])
         filled = count > 0 and mean.numel() > 0
-        has_mean = has_var = torch.full_like(mean, filled, dtype=torch.bool)
+        has_mean = torch.full_like(mean, filled, dtype=torch.bool)
         has_var = has_mean & (count > 1)
         unbiased = var * (count / max(count - 1, 1))
     else:
@@ -53,15 +53,10 @@ def track(
     factor: float | Tensor = 0.0 if momentum is None else momentum
     if momentum is None and num_batches_tracked is not None:
         factor = 1.0 / (num_batches_tracked + seen).clamp(min=1).to(running_mean.dtype)
-    moved = [
-        _moved(running, new, has, factor)
-        for running, new, has in (
-            (running_mean, mean, has_mean),
-            (running_var, unbiased, has_var),
-        )
-    ]
-    running_mean.copy_(moved[0])
-    running_var.copy_(moved[1])
+    moved_mean = _moved(running_mean, mean, has_mean, factor)
+    moved_var = _moved(running_var, unbiased, has_var, factor)
+    running_mean.copy_(moved_mean)
+    running_var.copy_(moved_var)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(seen)
 
