@@ -7,29 +7,44 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 
 from . import backend
 from .backend import aten, reference
 from .spec import Inputs, Spec
 
 
-def normalize(
-    spec: Spec, inputs: Inputs, tracked: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, mean, rstd, variance) by the backend that takes the call, under every transform.
+def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor, ...]:
+    """(y, mean, rstd, variance), and x + add where there is one, by the backend that takes the call.
 
-    Only y is differentiable. Under torch.compile the reference formula itself is traced, since
-    Dynamo refuses a Function with `jvp` and `vmap` rules; under export, torch's own operators are,
-    unless the statistics are needed because they are tracked. A Function inside two forward-mode
-    transforms loses the outer tangent without a word, so there too the formula itself runs.
+    Only y and x + add are differentiable. Under torch.compile the reference formula itself is
+    traced; under export, torch's own operators are, unless the statistics are needed because they
+    are tracked. A Function inside two forward-mode transforms loses the outer tangent without a
+    word, so there too the formula itself runs.
     """
-    if aten.exporting() and not tracked:
-        return aten.normalize(spec, inputs)
-    if torch.compiler.is_compiling() or _forward_over_forward():
-        y, *statistics = reference.normalize(spec, inputs)
-        mean, rstd, var = (s.detach() for s in statistics)
-        return y, mean, rstd, var
-    return _Normalize.apply(spec, *inputs)
+    if not _plain():
+        if inputs.add is not None:
+            total = inputs.x + inputs.add
+            return *normalize(spec, inputs._replace(x=total, add=None), tracked), total
+        if aten.exporting() and not tracked:
+            return aten.normalize(spec, inputs)
+        if torch.compiler.is_compiling() or _forward_over_forward():
+            y, *statistics = reference.normalize(spec, inputs)
+            return y, *(s.detach() for s in statistics)
+        return _TransformedNormalize.apply(spec, *inputs)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _Normalize.apply(spec, *inputs)
+    return backend.choose(spec, inputs).normalize(spec, inputs)
+
+
+def _plain() -> bool:
+    """No compiler, export, transform or forward mode is at work."""
+    return not (
+        torch.compiler.is_compiling()
+        or aten.exporting()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _forward_over_forward() -> bool:
@@ -39,7 +54,55 @@ def _forward_over_forward() -> bool:
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
 
 
+def _save(ctx: Any, spec: Spec, inputs: Inputs, outputs: tuple[Tensor, ...]) -> None:
+    y, mean, rstd, var, *total = outputs
+    ctx.mark_non_differentiable(mean, rstd, var)
+    ctx.set_materialize_grads(False)
+    ctx.spec, ctx.has_residual = spec, inputs.residual is not None
+    saved = inputs._replace(mean=mean, var=None, rstd=rstd)
+    if total:
+        saved = saved._replace(x=total[0], add=None)
+    if spec.act in ("relu", "leaky_relu") and inputs.residual is not None:
+        saved = saved._replace(residual=None, output=y)
+    elif spec.act is None:
+        saved = saved._replace(residual=None)
+    ctx.save_for_backward(*saved)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    spec, inputs = ctx.spec, Inputs(*ctx.saved_tensors)
+    dtotal = others[3] if len(others) > 3 else None
+    if dy is None:
+        return (None, dtotal, None, None, None, None, dtotal, None, None, None, None)
+    if torch.is_grad_enabled():
+        # Someone differentiates this backward: the statistics must be functions of x again.
+        again = inputs if spec.given else inputs._replace(mean=None, rstd=None)
+        gradients = reference.normalize_backward(spec, again, dy, dtotal)
+    else:
+        dy = _laid_out_like(dy, inputs.x)
+        gradients = backend.choose(spec, inputs).normalize_backward(spec, inputs, dy, dtotal)
+    dx, dweight, dbias, dresidual = gradients
+    dresidual = dresidual if ctx.has_residual else None
+    dadd = dx if len(others) > 3 else None
+    return (None, dx, dweight, dbias, dresidual, None, dadd, None, None, None, None)
+
+
 class _Normalize(torch.autograd.Function):
+    """What runs eagerly; a Function with rules for transforms costs ten microseconds more a call."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        inputs = Inputs(*tensors)  # type: ignore[arg-type]
+        outputs = backend.choose(spec, inputs).normalize(spec, inputs)
+        _save(ctx, spec, inputs, outputs)
+        return outputs
+
+    backward = staticmethod(_backward)  # type: ignore[assignment]
+
+
+class _TransformedNormalize(torch.autograd.Function):
+    """What runs under torch.func's transforms and in forward mode."""
+
     @staticmethod
     def forward(spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
@@ -48,31 +111,10 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         spec, *tensors = inputs
-        given = Inputs(*tensors)
-        _, mean, rstd, var = output
-        ctx.mark_non_differentiable(mean, rstd, var)
-        ctx.set_materialize_grads(False)
-        ctx.spec, ctx.has_residual = spec, given.residual is not None
-        saved = given if spec.given else given._replace(mean=mean, rstd=rstd)
-        if spec.act is None:
-            saved = saved._replace(residual=None)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*given)
+        _save(ctx, spec, Inputs(*tensors), output)
+        ctx.save_for_forward(*tensors)
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 8
-        spec, inputs = ctx.spec, Inputs(*ctx.saved_tensors)
-        if torch.is_grad_enabled():
-            # Someone differentiates this backward: the statistics must be functions of x again.
-            again = inputs if spec.given else inputs._replace(mean=None, rstd=None)
-            gradients = reference.normalize_backward(spec, again, dy)
-        else:
-            dy = _laid_out_like(dy, inputs.x)
-            gradients = backend.choose(spec, inputs).normalize_backward(spec, inputs, dy)
-        dx, dweight, dbias, dresidual = gradients
-        return (None, dx, dweight, dbias, dresidual if ctx.has_residual else None, None, None, None)
+    backward = staticmethod(_backward)  # type: ignore[assignment]
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -87,7 +87,7 @@ def batch_norm(
         if eps == 0:
             raise ValueError("eps must be positive when training, got 0; torch's default is 1e-5")
         spec = Spec(BATCH, eps, True, act)
-        y, mean, var = _normalize(spec, input, weight, bias, mask=mask, residual=residual)
+        y, mean, _, var = _normalize(spec, Inputs(input, weight, bias, residual, mask))
         if running_mean is None and num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         if running_mean is not None and running_var is not None:
@@ -171,9 +171,8 @@ def instance_norm(
             f"{tuple(input.shape)}, whose variance is 0; use larger inputs or another norm"
         )
     spec = Spec(INSTANCE, eps, True, act)
-    y, mean, var = _normalize(
-        spec, input, weight, bias, mask=mask, residual=residual, tracked=running_mean is not None
-    )
+    inputs = Inputs(input, weight, bias, residual, mask)
+    y, mean, _, var = _normalize(spec, inputs, tracked=running_mean is not None)
     if running_mean is not None and running_var is not None:
         statistics.track(
             INSTANCE, input, mask, mean, var, running_mean, running_var, None, momentum
@@ -214,7 +213,7 @@ def group_norm(
         residual = _autocast("group_norm", residual)
     input = _autocast("group_norm", input)
     spec = Spec(group(num_groups), eps, True, act)
-    return _normalize(spec, input, weight, bias, mask=mask, residual=residual)[0]
+    return _normalize(spec, Inputs(input, weight, bias, residual, mask))[0]
 
 
 def layer_norm(
@@ -324,12 +323,14 @@ def _row_norm(
         _check_device(what, parameter, input)
     if add is not None:
         _check_like("add", add, input)
-        input = input + add
-    summed = input
-    input = _autocast(name, input)
     spec = Spec(pool, eps, name == "layer_norm", act)
-    y = _normalize(spec, input, weight, bias, mask=mask)[0]
-    return y if add is None else (y, summed)
+    wide = _autocast(name, input)
+    if add is not None and wide is not input:
+        total = input + add
+        y = _normalize(spec, Inputs(_autocast(name, total), weight, bias, None, mask))[0]
+        return y, total
+    y, _, _, _, *total = _normalize(spec, Inputs(wide, weight, bias, None, mask, add))
+    return (y, *total) if total else y
 
 
 def _by_running(
@@ -348,31 +349,16 @@ def _by_running(
     if aten.exporting() and mask is None:
         y = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
         return aten.epilogue(spec, y, residual)
-    mean, rstd = statistics.given(running_mean, running_var, eps, input)
-    return _normalize(
-        spec, input, weight, bias, mask=mask, residual=residual, mean=mean, rstd=rstd
-    )[0]
+    inputs = Inputs(input, weight, bias, residual, mask, None, running_mean, running_var)
+    return _normalize(spec, inputs)[0]
 
 
-def _normalize(
-    spec: Spec,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    mask: Tensor | None,
-    residual: Tensor | None = None,
-    mean: Tensor | None = None,
-    rstd: Tensor | None = None,
-    tracked: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if residual is not None:
-        _check_like("residual", residual, x)
-    if mask is not None:
-        _check_mask(mask, x)
-    inputs = Inputs(x, weight, bias, residual, mask, mean, rstd)
-    y, mean, _, var = autograd.normalize(spec, inputs, tracked)
-    return y, mean, var
+def _normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor, ...]:
+    if inputs.residual is not None:
+        _check_like("residual", inputs.residual, inputs.x)
+    if inputs.mask is not None:
+        _check_mask(inputs.mask, inputs.x)
+    return autograd.normalize(spec, inputs, tracked)
 
 
 def _autocast(name: str, x: Tensor) -> Tensor:

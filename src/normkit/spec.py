@@ -20,7 +20,7 @@ class Spec:
     """y = act((x - mean) * rstd * weight + bias + residual), rstd = (variance + eps)^(-1/2).
 
     `center` is False where the mean is not subtracted (RMS); the variance is the mean square then.
-    `given` is True where mean and rstd are handed in as constants instead of being taken from x.
+    `given` is True where mean and variance are handed in as constants instead of being taken from x.
     """
 
     pool: Pool
@@ -37,8 +37,10 @@ class Spec:
 class Inputs(NamedTuple):
     """What a backend is given.
 
-    mean and rstd, one value a pool in the compute dtype, are there where `Spec.given` says so, and
-    in a backward, which gets those that the forward returned.
+    `add`, of row norms, is added to x before the norm. mean and var, one value a pool, are handed
+    in where `Spec.given` says so. A backward gets the mean and rstd that the forward returned, the
+    sum of x and `add` in place of x, and, of relu and leaky_relu behind a residual, the output in
+    place of the residual: its sign is all that their derivative needs.
     """
 
     x: Tensor
@@ -46,8 +48,11 @@ class Inputs(NamedTuple):
     bias: Tensor | None = None
     residual: Tensor | None = None
     mask: Tensor | None = None
+    add: Tensor | None = None
     mean: Tensor | None = None
+    var: Tensor | None = None
     rstd: Tensor | None = None
+    output: Tensor | None = None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,15 +8,6 @@ import torch
 from torch import Tensor
 
 from .pool import Pool
-from .spec import compute_dtype
-
-
-def given(
-    running_mean: Tensor, running_var: Tensor, eps: float, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(mean, rstd) for evaluation: copies, since the buffers may move before the backward."""
-    dtype = compute_dtype(x.dtype)
-    return running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).rsqrt()
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """The backends and the choice among them.
 
 A backend is a module with `available()`, `why_not(spec, inputs)`, `normalize(spec, inputs)` and
-`normalize_backward(spec, inputs, dy)`: functions that return tensors and mutate nothing. Autograd,
-running statistics and ranks live above this seam, once.
+`normalize_backward(spec, inputs, dy, dtotal)`: functions that return tensors and mutate nothing.
+Autograd, running statistics and ranks live above this seam, once.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from ..spec import Inputs, Spec
-from . import reference
+from . import cpu, reference
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 """In the order of preference; reference, the last, takes every call."""
 
 

@@ -21,7 +21,7 @@ def exporting() -> bool:
 
 def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.normalize`, without the statistics; masks and batch pools stay with it."""
-    pool, (x, weight, bias, residual, mask, _, _) = spec.pool, inputs
+    pool, (x, weight, bias, residual, mask, *_) = spec.pool, inputs
     if mask is not None or pool.summed == "ns":
         return reference.normalize(spec, inputs)
     if pool.summed == "s":

@@ -34,12 +34,16 @@ def wide(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype))
 
 
-def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
     """y = act((x - mean) * rstd * weight + bias + residual), and (mean, rstd, variance) per pool.
 
     The variance is the biased one (of RMS: the mean square); it is returned beside rstd because
-    1 / rstd² - eps loses it where eps dominates.
+    1 / rstd² - eps loses it where eps dominates. With `add`, x + add is normalized and is the fifth
+    result.
     """
+    if inputs.add is not None:
+        total = inputs.x + inputs.add
+        return *normalize(spec, inputs._replace(x=total, add=None)), total
     pool = spec.pool
     standard, mean, rstd, var = _standardize(spec, inputs)
     z = _affine(spec, inputs, standard)
@@ -49,22 +53,29 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def normalize_backward(
-    spec: Spec, inputs: Inputs, dy: Tensor
+    spec: Spec, inputs: Inputs, dy: Tensor, dtotal: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Gradients of x, weight, bias, residual from that of y.
 
     With dz = dy * act'(z) and g = dz * weight:
     dx = rstd * (g - <g> - x̂ * <g * x̂>), <.> the mean over a pool, and dx = rstd * g where the
     statistics were given; dweight = Σ dz * x̂, dbias = Σ dz, dresidual = dz. `inputs` may hold the
-    mean and rstd that `normalize` returned; without them they are functions of x again.
+    mean and rstd that `normalize` returned; without them they are functions of x again. The gradient
+    of x + add, `dtotal`, is added to dx.
     """
     pool, x, weight, bias = spec.pool, inputs.x, inputs.weight, inputs.bias
     standard, _, rstd, _ = _standardize(spec, inputs)
     dz = _select(spec, inputs, pool.view(wide(dy)))
     if spec.act is not None:
-        dz = ACTIVATIONS[spec.act][1](_affine(spec, inputs, standard), dz)
+        if inputs.output is None:
+            z = _affine(spec, inputs, standard)
+        else:
+            z = pool.view(wide(inputs.output))
+        dz = ACTIVATIONS[spec.act][1](z, dz)
     g = dz if weight is None else dz * pool.spread_affine(wide(weight), dz.dim())
-    dx = pool.unview(_project(spec, inputs, g, standard, rstd))
+    dx = pool.unview(_project(spec, inputs, g, standard, rstd)).to(x.dtype)
+    if dtotal is not None:
+        dx = dx + dtotal
 
     def parameter_gradient(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
         if parameter is None:
@@ -73,7 +84,7 @@ def normalize_backward(
         return total.reshape(parameter.shape).to(parameter.dtype)
 
     return (
-        dx.to(x.dtype),
+        dx,
         parameter_gradient(weight, dz * standard),
         parameter_gradient(bias, dz),
         pool.unview(dz).to(x.dtype),
@@ -114,9 +125,16 @@ def _standardize(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Te
     """x̂ = (x - mean) * rstd as a view, with mean, rstd and variance that broadcast against it."""
     pool = spec.pool
     x = _select(spec, inputs, pool.view(wide(inputs.x)))
-    if inputs.mean is not None and inputs.rstd is not None:
-        mean, rstd = pool.spread(inputs.mean, x), pool.spread(inputs.rstd, x)
-        var = torch.zeros_like(rstd)
+    if inputs.mean is not None:
+        # A copy: what was handed in may be a buffer that moves before the backward.
+        mean = pool.spread(inputs.mean.to(x.dtype, copy=True), x)
+        if inputs.rstd is not None:
+            rstd = pool.spread(inputs.rstd, x)
+            var = torch.zeros_like(rstd)
+        else:
+            assert inputs.var is not None
+            var = pool.spread(inputs.var.to(x.dtype, copy=True), x)
+            rstd = torch.rsqrt(var + spec.eps)
     else:
         mean, rstd, var = _statistics(spec, x, inputs)
     if spec.center:

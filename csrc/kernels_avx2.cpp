@@ -1,0 +1,6 @@
+// The kernels for avx2. The pragma comes before every include: it holds to the end of the file.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,f16c")
+#define NORMKIT_ISA avx2
+#include "kernels.h"
+#endif

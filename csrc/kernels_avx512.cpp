@@ -1,0 +1,6 @@
+// The kernels for avx512. The pragma comes before every include: it holds to the end of the file.
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c")
+#define NORMKIT_ISA avx512
+#include "kernels.h"
+#endif

@@ -1,0 +1,3 @@
+// The kernels for every processor.
+#define NORMKIT_ISA portable
+#include "kernels.h"

@@ -1,0 +1,537 @@
+// The operators: what Python calls. Everything is checked here, and nowhere after.
+#include <sys/mman.h>
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#pragma GCC diagnostic pop
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "call.h"
+
+namespace normkit {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+void parallel(int64_t n, int64_t grain, Task task, void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, task, context));
+}
+int64_t threads() { return torch::stable::get_num_threads(); }
+
+namespace {
+
+// ---- the choice of instruction set
+
+struct Choice {
+  const char* name;
+  const Kernels* kernels;
+};
+
+std::vector<Choice> supported() {
+  std::vector<Choice> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool half = __builtin_cpu_supports("f16c");
+  if (half && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    found.push_back({"avx512", avx512::kernels});
+  if (half && __builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::kernels});
+#endif
+  found.push_back({"portable", portable::kernels});
+  return found;
+}
+
+const Choice& chosen() {
+  static const Choice choice = [] {
+    auto found = supported();
+    const char* wanted = std::getenv("NORMKIT_CPU");
+    if (!wanted || !*wanted) return found[0];
+    std::string known;
+    for (const auto& one : found) {
+      if (std::strcmp(one.name, wanted) == 0) return one;
+      known += std::string(known.empty() ? "" : ", ") + one.name;
+    }
+    STD_TORCH_CHECK(false, "NORMKIT_CPU=", wanted, ": this processor and build offer ", known);
+    return found[0];
+  }();
+  return choice;
+}
+
+std::string instructions() { return chosen().name; }
+
+// ---- checks
+
+std::string shown(IntHeaderOnlyArrayRef sizes) {
+  std::ostringstream out;
+  out << "(";
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
+  out << (sizes.size() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+enum class Layout { other, contiguous, channels_last };
+
+bool strides_follow(const Tensor& x, const std::vector<int64_t>& order) {
+  auto sizes = x.sizes(), strides = x.strides();
+  int64_t expected = 1;
+  for (int64_t axis : order) {
+    if (sizes[axis] != 1 && strides[axis] != expected) return false;
+    expected *= sizes[axis];
+  }
+  return true;
+}
+
+Layout layout_of(const Tensor& x) {
+  int64_t n = x.dim();
+  if (x.is_contiguous()) return Layout::contiguous;
+  if (n < 3) return Layout::other;
+  std::vector<int64_t> order{1};
+  for (int64_t axis = n - 1; axis >= 2; --axis) order.push_back(axis);
+  order.push_back(0);
+  return strides_follow(x, order) ? Layout::channels_last : Layout::other;
+}
+
+int storage_of(const char* op, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kHalf;
+    case ScalarType::Double:
+      return kDouble;
+    default:
+      STD_TORCH_CHECK(false, op, ": x must be float32, bfloat16, float16 or float64, got ",
+                      torch::headeronly::toString(x.scalar_type()));
+  }
+  return 0;
+}
+
+void check_cpu(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
+}
+
+// t has x's shape, dtype (or a given one) and layout.
+void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                Layout layout, ScalarType dtype) {
+  check_cpu(op, name, t);
+  bool same = t.dim() == x.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
+  STD_TORCH_CHECK(same, op, ": ", name, " must have x's shape ", shown(x.sizes()), ", got ",
+                  shown(t.sizes()));
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ",
+                  torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  bool dense = layout == Layout::contiguous ? t.is_contiguous()
+                                            : t.numel() == 0 || layout_of(t) == layout ||
+                                                  (t.is_contiguous() && x.is_contiguous());
+  STD_TORCH_CHECK(dense, op, ": ", name, " must be laid out as x, with strides ",
+                  shown(x.strides()), ", got ", shown(t.strides()));
+}
+
+template <class T, class F>
+void each(const Tensor& t, int64_t n, F f) {
+  const T* p = static_cast<const T*>(t.const_data_ptr());
+  for (int64_t i = 0; i < n; ++i) f(i, p[i]);
+}
+
+float widened(BFloat16 value) {
+  uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// The n values of a small tensor, or of one that stands for all of them.
+template <class T>
+std::vector<T> values(const char* op, const char* name, const Optional& t, int64_t n, T otherwise) {
+  if (!t) return std::vector<T>(static_cast<size_t>(n), otherwise);
+  check_cpu(op, name, *t);
+  STD_TORCH_CHECK(t->numel() == n, op, ": ", name, " must have ", n, " values, got shape ",
+                  shown(t->sizes()));
+  STD_TORCH_CHECK(t->is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
+                  shown(t->strides()));
+  std::vector<T> out(static_cast<size_t>(n));
+  auto put = [&](int64_t i, auto v) { out[static_cast<size_t>(i)] = static_cast<T>(v); };
+  switch (storage_of(op, *t)) {
+    case kFloat:
+      each<float>(*t, n, put);
+      break;
+    case kDouble:
+      each<double>(*t, n, put);
+      break;
+    case kBFloat16:
+      each<BFloat16>(*t, n, [&](int64_t i, BFloat16 v) { put(i, widened(v)); });
+      break;
+    default:
+      each<torch::headeronly::Half>(*t, n, [&](int64_t i, auto v) {
+        put(i, static_cast<float>(v));
+      });
+  }
+  return out;
+}
+
+// A call's geometry: where each of the formula's pools lies in memory.
+struct Geometry {
+  bool by_rows;
+  Rows rows;
+  Columns columns;
+  int64_t entries;                  // of the affine
+  std::vector<int64_t> statistics;  // the shape of mean, rstd and var
+
+  int64_t pools() const {
+    int64_t n = 1;
+    for (int64_t size : statistics) n *= size;
+    return n;
+  }
+};
+
+enum Summed : int64_t { kNS, kS, kKS, kK };
+constexpr int64_t kShortRun = 16;  // positions below which batch norm goes down columns
+
+Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed, int64_t groups,
+                  int64_t trailing) {
+  Geometry g{};
+  int64_t dim = x.dim();
+  auto rows = [&](int64_t pools, int64_t segments, int64_t length, int64_t pool_stride,
+                  int64_t segment_stride, int64_t period, int64_t pool_step, int64_t segment_step,
+                  bool vector) {
+    g.by_rows = true;
+    g.rows = {pools,  segments,  length,       pool_stride, segment_stride,
+              period, pool_step, segment_step, vector};
+  };
+  auto columns = [&](int64_t outer, int64_t rows, int64_t columns, int64_t group, int64_t repeat,
+                     bool per_row) {
+    g.by_rows = false;
+    g.columns = {outer, rows, columns, group, repeat, per_row};
+  };
+  if (trailing > 0) {
+    STD_TORCH_CHECK(summed == kK && trailing <= dim, op, ": trailing must be at most x's rank ",
+                    dim, ", got ", trailing);
+    STD_TORCH_CHECK(layout == Layout::contiguous, op,
+                    ": x must be contiguous when its last axes are normalized, got strides ",
+                    shown(x.strides()));
+    int64_t length = 1, pools = 1;
+    for (int64_t i = 0; i < dim; ++i) (i < dim - trailing ? pools : length) *= x.size(i);
+    for (int64_t i = 0; i < dim - trailing; ++i) g.statistics.push_back(x.size(i));
+    rows(pools, 1, length, length, length, 1, 0, 0, true);
+    g.entries = length;
+    return g;
+  }
+  STD_TORCH_CHECK(trailing == 0 && summed >= kNS && summed <= kK, op, ": unknown pool ", summed,
+                  " with trailing ", trailing);
+  STD_TORCH_CHECK(dim >= 2, op, ": x must be (N, C, *), got shape ", shown(x.sizes()));
+  int64_t n = x.size(0), channels = x.size(1), s = 1;
+  for (int64_t i = 2; i < dim; ++i) s *= x.size(i);
+  bool last = layout == Layout::channels_last || s == 1;
+  g.entries = channels;
+  switch (summed) {
+    case kNS:
+      g.statistics = {channels};
+      if (last)
+        columns(1, n * s, channels, 1, 1, false);
+      else if (s < kShortRun)
+        columns(1, n, channels * s, s, s, false);
+      else
+        rows(channels, n, s, s, channels * s, channels, 1, 0, false);
+      break;
+    case kS:
+      g.statistics = {n, channels};
+      if (last && s > 1)
+        columns(n, s, channels, 1, 1, false);
+      else
+        rows(n * channels, 1, s, s, s, channels, 1, 0, false);
+      break;
+    case kKS: {
+      STD_TORCH_CHECK(groups > 0 && channels % groups == 0, op, ": groups must divide the ",
+                      channels, " channels, got ", groups);
+      int64_t k = channels / groups;
+      g.statistics = {n, groups};
+      if (s == 1)
+        rows(n * groups, 1, k, k, k, groups, k, 0, true);
+      else if (last)
+        columns(n, s, channels, k, 1, false);
+      else
+        rows(n * groups, k, s, k * s, s, groups, k, 1, false);
+      break;
+    }
+    default:
+      g.statistics = {n};
+      for (int64_t i = 2; i < dim; ++i) g.statistics.push_back(x.size(i));
+      if (last)
+        rows(n * s, 1, channels, channels, channels, 1, 0, 0, true);
+      else
+        columns(n, channels, s, 1, 1, true);
+  }
+  return g;
+}
+
+// ---- memory
+
+constexpr size_t kHuge = size_t{1} << 21;
+constexpr size_t kHugeFrom = size_t{1} << 25;
+
+// A tensor like x. A fresh large allocation costs a page fault every 4 KiB; huge pages cost one
+// every 2 MiB. Below 32 MiB malloc keeps what was freed, and nothing is gained.
+Tensor new_like(const Tensor& x) {
+  Tensor t = torch::stable::empty_like(x);
+  size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (bytes >= kHugeFrom) {
+    auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+    auto from = (begin + kHuge - 1) / kHuge * kHuge, to = (begin + bytes) / kHuge * kHuge;
+    if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+  }
+  return t;
+}
+
+Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::empty(IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+}
+
+Tensor parameter_like(const Tensor& like, const std::vector<double>& values) {
+  Tensor t = torch::stable::empty_like(like);
+  void* p = t.mutable_data_ptr();
+  switch (like.scalar_type()) {
+    case ScalarType::Float:
+      for (size_t i = 0; i < values.size(); ++i)
+        static_cast<float*>(p)[i] = static_cast<float>(values[i]);
+      break;
+    case ScalarType::Double:
+      std::memcpy(p, values.data(), values.size() * sizeof(double));
+      break;
+    case ScalarType::BFloat16:
+      for (size_t i = 0; i < values.size(); ++i)
+        static_cast<torch::headeronly::BFloat16*>(p)[i] = static_cast<float>(values[i]);
+      break;
+    default:
+      for (size_t i = 0; i < values.size(); ++i)
+        static_cast<torch::headeronly::Half*>(p)[i] = static_cast<float>(values[i]);
+  }
+  return t;
+}
+
+Act act_of(const char* op, int64_t act) {
+  STD_TORCH_CHECK(act >= 0 && act <= static_cast<int64_t>(Act::gelu), op, ": unknown act ", act);
+  return static_cast<Act>(act);
+}
+
+const void* data(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// What both directions check and set up alike.
+struct Prepared {
+  Layout layout;
+  int storage;
+  ScalarType compute;
+  Geometry geometry;
+  std::vector<float> weight, bias;
+  std::vector<double> wide_weight, wide_bias;
+  Call call{};
+
+  Prepared(const char* op, const Tensor& x, const Optional& weight_, const Optional& bias_,
+           const Optional& residual, const Optional& mask, int64_t summed, int64_t groups,
+           int64_t trailing, double eps, bool center, int64_t act) {
+    check_cpu(op, "x", x);
+    storage = storage_of(op, x);
+    compute = storage == kDouble ? ScalarType::Double : ScalarType::Float;
+    layout = layout_of(x);
+    STD_TORCH_CHECK(layout != Layout::other, op,
+                    ": x must be contiguous or channels_last, got strides ", shown(x.strides()));
+    STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps must be finite and >= 0, got ", eps);
+    geometry = normkit::geometry(op, x, layout, summed, groups, trailing);
+    if (residual) check_like(op, "residual", *residual, x, layout, x.scalar_type());
+    if (mask) check_like(op, "mask", *mask, x, layout, ScalarType::Bool);
+    if (storage == kDouble) {
+      wide_weight = values<double>(op, "weight", weight_, geometry.entries, 1);
+      wide_bias = values<double>(op, "bias", bias_, geometry.entries, 0);
+      call.weight = wide_weight.data();
+      call.bias = wide_bias.data();
+    } else {
+      weight = values<float>(op, "weight", weight_, geometry.entries, 1);
+      bias = values<float>(op, "bias", bias_, geometry.entries, 0);
+      call.weight = weight.data();
+      call.bias = bias.data();
+    }
+    call.x = x.const_data_ptr();
+    call.residual = data(residual);
+    call.mask = static_cast<const uint8_t*>(data(mask));
+    call.eps = eps;
+    call.center = center;
+    call.act = act_of(op, act);
+  }
+
+  void put(void* p, int64_t i, double value) const {
+    if (storage == kDouble)
+      static_cast<double*>(p)[i] = value;
+    else
+      static_cast<float*>(p)[i] = static_cast<float>(value);
+  }
+};
+
+struct Normalized {
+  Tensor y, mean, rstd, var;
+};
+
+Normalized forward(const char* op, const Tensor& x, const Optional& weight, const Optional& bias,
+                   const Optional& residual, const Optional& add, Optional& total,
+                   const Optional& mask, const Optional& given_mean, const Optional& given_var,
+                   int64_t summed, int64_t groups, int64_t trailing, double eps, bool center,
+                   int64_t act) {
+  Prepared p(op, x, weight, bias, residual, mask, summed, groups, trailing, eps, center, act);
+  STD_TORCH_CHECK(given_mean.has_value() == given_var.has_value(), op,
+                  ": mean and var go together");
+  Call& c = p.call;
+  int64_t pools = p.geometry.pools();
+  Normalized out{new_like(x), new_tensor(p.geometry.statistics, ScalarType::Double),
+                 new_tensor(p.geometry.statistics, p.compute),
+                 new_tensor(p.geometry.statistics, p.compute)};
+  c.y = out.y.mutable_data_ptr();
+  c.mean = static_cast<double*>(out.mean.mutable_data_ptr());
+  c.rstd = out.rstd.mutable_data_ptr();
+  c.var = out.var.mutable_data_ptr();
+  if (add) {
+    check_like(op, "add", *add, x, p.layout, x.scalar_type());
+    total = new_like(x);
+    c.base = c.x;
+    c.add = add->const_data_ptr();
+    c.x = total->mutable_data_ptr();
+  }
+  c.given = given_mean.has_value();
+  if (c.given) {
+    auto mean = values<double>(op, "mean", given_mean, pools, 0);
+    auto var = values<double>(op, "var", given_var, pools, 0);
+    for (int64_t i = 0; i < pools; ++i) {
+      c.mean[i] = center ? mean[static_cast<size_t>(i)] : 0;
+      p.put(c.var, i, var[static_cast<size_t>(i)]);
+    }
+  }
+  if (x.numel() == 0) {
+    for (int64_t i = 0; i < pools; ++i) {
+      if (!c.given) {
+        c.mean[i] = 0;
+        p.put(c.var, i, 0);
+      }
+      p.put(c.rstd, i, 1 / std::sqrt(eps));
+    }
+    return out;
+  }
+  const Kernels& kernels = chosen().kernels[p.storage];
+  if (p.geometry.by_rows)
+    kernels.rows_forward(p.geometry.rows, c);
+  else
+    kernels.columns_forward(p.geometry.columns, c);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(
+    const Tensor& x, Optional weight, Optional bias, Optional residual, Optional mask,
+    Optional mean, Optional var, int64_t summed, int64_t groups, int64_t trailing, double eps,
+    bool center, int64_t act) {
+  Optional none, total;
+  auto out = forward("normkit::normalize", x, weight, bias, residual, none, total, mask, mean, var,
+                     summed, groups, trailing, eps, center, act);
+  return {out.y, out.mean, out.rstd, out.var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_normalize(
+    const Tensor& x, const Tensor& add, Optional weight, Optional bias, Optional mask,
+    int64_t summed, int64_t groups, int64_t trailing, double eps, bool center, int64_t act) {
+  Optional none, total;
+  STD_TORCH_CHECK(summed == kK, "normkit::add_normalize: only row norms take add");
+  auto out = forward("normkit::add_normalize", x, weight, bias, none, Optional(add), total, mask,
+                     none, none, summed, groups, trailing, eps, center, act);
+  return {out.y, out.mean, out.rstd, out.var, *total};
+}
+
+std::tuple<Tensor, Optional, Optional, Optional> normalize_backward(
+    const Tensor& dy, const Tensor& x, Optional weight, Optional bias, Optional residual,
+    Optional output, Optional mask, const Tensor& mean, const Tensor& rstd, Optional dtotal,
+    int64_t summed, int64_t groups, int64_t trailing, double eps, bool center, int64_t act,
+    bool given, bool wants_dz) {
+  const char* op = "normkit::normalize_backward";
+  Prepared p(op, x, weight, bias, residual, mask, summed, groups, trailing, eps, center, act);
+  Call& c = p.call;
+  check_like(op, "dy", dy, x, p.layout, x.scalar_type());
+  if (output) check_like(op, "output", *output, x, p.layout, x.scalar_type());
+  if (dtotal) check_like(op, "dtotal", *dtotal, x, p.layout, x.scalar_type());
+  int64_t pools = p.geometry.pools();
+  auto means = values<double>(op, "mean", mean, pools, 0);
+  STD_TORCH_CHECK(rstd.scalar_type() == p.compute, op, ": rstd must be ",
+                  torch::headeronly::toString(p.compute), ", got ",
+                  torch::headeronly::toString(rstd.scalar_type()));
+  check_cpu(op, "rstd", rstd);
+  STD_TORCH_CHECK(rstd.numel() == pools && rstd.is_contiguous(), op, ": rstd must have ", pools,
+                  " contiguous values, got shape ", shown(rstd.sizes()));
+  c.given = given;
+  c.mean = means.data();
+  c.rstd = const_cast<void*>(rstd.const_data_ptr());
+  c.dy = dy.const_data_ptr();
+  c.output = data(output);
+  c.dtotal = data(dtotal);
+  Tensor dx = new_like(x);
+  c.dx = dx.mutable_data_ptr();
+  Optional dz, dweight, dbias;
+  if (wants_dz) {
+    dz = new_like(x);
+    c.dz = dz->mutable_data_ptr();
+  }
+  std::vector<double> weight_sums, bias_sums;
+  if (weight || bias) {
+    weight_sums.resize(static_cast<size_t>(p.geometry.entries));
+    bias_sums.resize(static_cast<size_t>(p.geometry.entries));
+    c.dweight = weight_sums.data();
+    c.dbias = bias_sums.data();
+  }
+  if (x.numel() > 0) {
+    const Kernels& kernels = chosen().kernels[p.storage];
+    if (p.geometry.by_rows)
+      kernels.rows_backward(p.geometry.rows, c);
+    else
+      kernels.columns_backward(p.geometry.columns, c);
+  }
+  if (weight) dweight = parameter_like(*weight, weight_sums);
+  if (bias) dbias = parameter_like(*bias, bias_sums);
+  return {dx, dweight, dbias, dz};
+}
+
+}  // namespace
+}  // namespace normkit
+
+STABLE_TORCH_LIBRARY(normkit, m) {
+  m.def(
+      "normalize(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
+      "Tensor? mean, Tensor? var, int summed, int groups, int trailing, float eps, bool center, "
+      "int act) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "add_normalize(Tensor x, Tensor add, Tensor? weight, Tensor? bias, Tensor? mask, "
+      "int summed, int groups, int trailing, float eps, bool center, int act) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "normalize_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "Tensor? output, Tensor? mask, Tensor mean, Tensor rstd, Tensor? dtotal, int summed, "
+      "int groups, int trailing, float eps, bool center, int act, bool given, bool wants_dz) "
+      "-> (Tensor, Tensor?, Tensor?, Tensor?)");
+  m.def("instructions() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(normkit, CPU, m) {
+  m.impl("normalize", TORCH_BOX(&normkit::normalize));
+  m.impl("add_normalize", TORCH_BOX(&normkit::add_normalize));
+  m.impl("normalize_backward", TORCH_BOX(&normkit::normalize_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(normkit, CompositeExplicitAutograd, m) {
+  m.impl("instructions", TORCH_BOX(&normkit::instructions));
+}

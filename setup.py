@@ -1,0 +1,37 @@
+"""The C++ core, where it can be built; everything else is in pyproject.toml."""
+
+import os
+import sys
+
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+
+class OptionalBuild(BuildExtension):
+    """Without a compiler the package installs all the same and works on plain torch operators."""
+
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except Exception as error:
+            print(f"normkit: installing without its C++ core: {error}", file=sys.stderr)
+
+
+CORE = CppExtension(
+    "normkit._cpu",
+    [f"csrc/{name}.cpp" for name in ("ops", "kernels_portable", "kernels_avx2", "kernels_avx512")],
+    define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+    extra_compile_args=[
+        *("-std=c++17", "-O3", "-g0", "-ffp-contract=off"),
+        *("-Wall", "-Wextra", "-Wno-psabi"),
+    ],
+    py_limited_api=True,
+    optional=True,
+)
+
+without = os.environ.get("NORMKIT_NO_EXTENSION") == "1"
+setup(
+    ext_modules=[] if without else [CORE],
+    cmdclass={"build_ext": OptionalBuild},
+    options={} if without else {"bdist_wheel": {"py_limited_api": "cp311"}},
+)

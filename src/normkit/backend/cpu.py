@@ -1,0 +1,157 @@
+"""The C++ core: one pass over memory where a pool fits in cache, for dense tensors on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..spec import ACTS, Inputs, Spec, compute_dtype
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SUMMED = {"ns": 0, "s": 1, "ks": 2, "k": 3}
+_ACTS = {act: code for code, act in enumerate((None, *ACTS))}
+
+
+@functools.cache
+def available() -> str | None:
+    """Why this backend can't be used on this machine, or None."""
+    if os.environ.get("NORMKIT_NO_EXTENSION") == "1":
+        return "switched off by NORMKIT_NO_EXTENSION=1"
+    built = sorted(Path(__file__).parent.parent.glob("_cpu*.so"))
+    if not built:
+        return "the C++ core was not built; install a C++ compiler and reinstall normkit"
+    try:
+        torch.ops.load_library(str(built[0]))
+    except OSError as error:
+        return f"the C++ core can't be loaded: {error}"
+    _register_shapes()
+    return None
+
+
+def instructions() -> str:
+    """The instruction set in use: avx512, avx2 or portable; NORMKIT_CPU forces one."""
+    return torch.ops.normkit.instructions()
+
+
+def why_not(spec: Spec, inputs: Inputs) -> str | None:
+    """Why this backend can't take this call, or None."""
+    x, weight, bias = inputs.x, inputs.weight, inputs.bias
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}"
+    if x.layout != torch.strided:
+        return f"x is {x.layout}"
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.dtype not in DTYPES:
+            return f"{name} is {parameter.dtype}"
+    return None
+
+
+def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
+    """As `reference.normalize`; the mean is float64, so that it keeps what float32 would drop."""
+    x = _dense(spec, inputs.x)
+    weight, bias, mask = _dense_affine(inputs.weight), _dense_affine(inputs.bias), inputs.mask
+    mask = None if mask is None else torch.empty_like(x, dtype=torch.bool).copy_(mask)
+    if inputs.add is not None:
+        return torch.ops.normkit.add_normalize.default(
+            x, _like(inputs.add, x), weight, bias, mask, *_constants(spec)
+        )
+    residual = None if inputs.residual is None else _like(inputs.residual, x)
+    return torch.ops.normkit.normalize.default(
+        x, weight, bias, residual, mask, inputs.mean, inputs.var, *_constants(spec)
+    )
+
+
+def normalize_backward(
+    spec: Spec, inputs: Inputs, dy: Tensor, dtotal: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """As `reference.normalize_backward`."""
+    x = _dense(spec, inputs.x)
+    mask, residual, output = inputs.mask, inputs.residual, inputs.output
+    dx, dweight, dbias, dz = torch.ops.normkit.normalize_backward.default(
+        _like(dy, x),
+        x,
+        _dense_affine(inputs.weight),
+        _dense_affine(inputs.bias),
+        None if residual is None else _like(residual, x),
+        None if output is None else _like(output, x),
+        None if mask is None else torch.empty_like(x, dtype=torch.bool).copy_(mask),
+        inputs.mean,
+        inputs.rstd,
+        None if dtotal is None else _like(dtotal, x),
+        *_constants(spec),
+        spec.given,
+        residual is not None or output is not None,
+    )
+    if dz is None:
+        dz = dy if mask is None else torch.where(mask, dy, 0)
+    return dx, dweight, dbias, dz
+
+
+@functools.cache
+def _constants(spec: Spec) -> tuple[int, int, int, float, bool, int]:
+    pool = spec.pool
+    act = _ACTS[spec.act]
+    return _SUMMED[pool.summed], pool.groups or 0, pool.trailing, spec.eps, spec.center, act
+
+
+def _dense(spec: Spec, x: Tensor) -> Tensor:
+    """x in one of the layouts that the kernels know, copied once where it is in another."""
+    if x.is_contiguous() or (not spec.pool.trailing and x.movedim(1, -1).is_contiguous()):
+        return x
+    return x.contiguous()
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """t in x's layout, which is contiguous or has its channels last."""
+    if t.stride() == x.stride():
+        return t
+    if x.is_contiguous():
+        return t.contiguous()
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _dense_affine(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
+def _register_shapes() -> None:
+    """What a compiler needs to know of each operator: the shapes and dtypes of its results."""
+
+    def statistics(x: Tensor, summed: int, groups: int, trailing: int) -> tuple[int, ...]:
+        if trailing:
+            return tuple(x.shape[: x.dim() - trailing])
+        n, c = x.shape[:2]
+        return ((c,), (n, c), (n, groups), (n, *x.shape[2:]))[summed]
+
+    def forward(x: Tensor, summed: int, groups: int, trailing: int) -> tuple[Tensor, ...]:
+        shape, dtype = statistics(x, summed, groups, trailing), compute_dtype(x.dtype)
+        return (
+            torch.empty_like(x),
+            x.new_empty(shape, dtype=torch.float64),
+            x.new_empty(shape, dtype=dtype),
+            x.new_empty(shape, dtype=dtype),
+        )
+
+    @torch.library.register_fake("normkit::normalize")
+    def _(x, weight, bias, residual, mask, mean, var, *constants):  # type: ignore[no-untyped-def]
+        return forward(x, *constants[:3])
+
+    @torch.library.register_fake("normkit::add_normalize")
+    def _(x, add, weight, bias, mask, *constants):  # type: ignore[no-untyped-def]
+        return (*forward(x, *constants[:3]), torch.empty_like(x))
+
+    @torch.library.register_fake("normkit::normalize_backward")
+    def _(dy, x, weight, bias, residual, output, mask, mean, rstd, dtotal, *constants):  # type: ignore[no-untyped-def]
+        like = torch.empty_like
+        return (
+            like(x),
+            None if weight is None else like(weight),
+            None if bias is None else like(bias),
+            like(x) if constants[-1] else None,
+        )
