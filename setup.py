@@ -22,7 +22,7 @@ CORE = CppExtension(
     [f"csrc/{name}.cpp" for name in ("ops", "kernels_portable", "kernels_avx2", "kernels_avx512")],
     define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
     extra_compile_args=[
-        *("-std=c++17", "-O3", "-g0", "-ffp-contract=off"),
+        *("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
         *("-Wall", "-Wextra", "-Wno-psabi"),
     ],
     py_limited_api=True,

@@ -9,6 +9,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -17,7 +18,7 @@ namespace normkit::NORMKIT_ISA {
 constexpr int64_t kBlock = 2048;          // elements whose sums are kept in T
 constexpr int64_t kGrain = 16384;         // elements below which a thread isn't worth starting
 constexpr int64_t kTile = 512;            // columns of a tile
-constexpr int64_t kTileElements = 16384;  // elements of a block of a tile
+constexpr int64_t kTileElements = 32768;  // elements of a block of a tile
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -62,6 +63,7 @@ class Array {
 struct Moments {
   double n = 0, mean = 0, m2 = 0;
 
+  // Chan's: exact for counts of any size.
   NORMKIT_INLINE void merge(double nb, double mean_b, double m2_b) {
     if (nb == 0) return;
     double total = n + nb, delta = mean_b - mean, share = nb / total;
@@ -69,27 +71,47 @@ struct Moments {
     mean = n == 0 ? mean_b : mean + delta * share;
     n = total;
   }
+  NORMKIT_INLINE void merge(const Moments& other) { merge(other.n, other.mean, other.m2); }
 };
 
-template <int I>
-struct Slot {
-  static constexpr int index = I;
-};
+// The vectors of the 64 bytes at j: whole ones, or what of them lies before n.
+template <class T, class F>
+NORMKIT_INLINE void step(int slot, int64_t j, F f) {
+  for (int p = 0; p < kParts; ++p) f(slot * kParts + p, j + p * Vec<T>::kLanes, Whole());
+}
 
-// Calls f(slot, j, part) for the vectors of [0, n); the four slots are for four accumulators.
+// Calls f(slot, j, part) for the vectors of [0, n); the slots are those of a Sum.
 template <class T, class F>
 NORMKIT_INLINE void along(int64_t n, F f) {
-  constexpr int64_t lanes = Vec<T>::kLanes;
+  constexpr int64_t lanes = 64 / sizeof(T), each = Vec<T>::kLanes;
   int64_t j = 0;
   for (; j + 4 * lanes <= n; j += 4 * lanes) {
-    f(Slot<0>(), j, Whole());
-    f(Slot<1>(), j + lanes, Whole());
-    f(Slot<2>(), j + 2 * lanes, Whole());
-    f(Slot<3>(), j + 3 * lanes, Whole());
+    step<T>(0, j, f);
+    step<T>(1, j + lanes, f);
+    step<T>(2, j + 2 * lanes, f);
+    step<T>(3, j + 3 * lanes, f);
   }
-  for (; j + lanes <= n; j += lanes) f(Slot<0>(), j, Whole());
-  if (j < n) f(Slot<1>(), j, Part{static_cast<int>(n - j)});
+  if (j + lanes <= n) {
+    step<T>(0, j, f);
+    j += lanes;
+    if (j + lanes <= n) {
+      step<T>(1, j, f);
+      j += lanes;
+      if (j + lanes <= n) {
+        step<T>(2, j, f);
+        j += lanes;
+      }
+    }
+  }
+  int slot = 3 * kParts;
+  for (; j + each <= n; j += each) f(slot++, j, Whole());
+  if (j < n) f(slot, j, Part{static_cast<int>(n - j)});
 }
+
+template <int N>
+struct Several {
+  static constexpr int count = N;
+};
 
 // As along, for loops that already do several rows at a time.
 template <class T, class F>
@@ -112,6 +134,7 @@ NORMKIT_APART Vec<T> activate_smoothly(Act act, Vec<T> z) {
 
 template <class T>
 NORMKIT_INLINE Vec<T> activate(Act act, Vec<T> z) {
+  if (act == Act::none) return z;
   if (act == Act::relu) return where_not_positive(z, Vec<T>(T(0)), z);
   if (act == Act::leaky_relu) return where_not_positive(z, z * Vec<T>(T(kLeakySlope)), z);
   return activate_smoothly(act, z);
@@ -132,34 +155,33 @@ NORMKIT_APART Vec<T> slope_smoothly(Act act, Vec<T> z, Vec<T> g) {
 // g * act'(z); of relu and leaky_relu only the sign of z matters.
 template <class T>
 NORMKIT_INLINE Vec<T> slope(Act act, Vec<T> z, Vec<T> g) {
+  if (act == Act::none) return g;
   if (act == Act::relu) return where_not_positive(z, Vec<T>(T(0)), g);
   if (act == Act::leaky_relu) return where_not_positive(z, g * Vec<T>(T(kLeakySlope)), g);
   return slope_smoothly(act, z, g);
 }
 
-// What flows through at one place of memory: pointers to it, null where there is none.
+// What flows through, null where there is none.
 template <class S>
-struct Place {
+struct Pointers {
   const S *x, *residual, *dy, *dtotal, *output;
   S *y, *dx, *dz;
   const uint8_t* mask;
 
-  Place(const Call& c, int64_t at)
-      : x(from<S>(c.x, at)),
-        residual(from<S>(c.residual, at)),
-        dy(from<S>(c.dy, at)),
-        dtotal(from<S>(c.dtotal, at)),
-        output(from<S>(c.output, at)),
-        y(const_cast<S*>(from<S>(c.y, at))),
-        dx(const_cast<S*>(from<S>(c.dx, at))),
-        dz(const_cast<S*>(from<S>(c.dz, at))),
-        mask(c.mask ? c.mask + at : nullptr) {}
-
-  template <class U>
-  static const U* from(const void* p, int64_t at) {
-    return p ? static_cast<const U*>(p) + at : nullptr;
-  }
+  explicit Pointers(const Call& c)
+      : x(static_cast<const S*>(c.x)),
+        residual(static_cast<const S*>(c.residual)),
+        dy(static_cast<const S*>(c.dy)),
+        dtotal(static_cast<const S*>(c.dtotal)),
+        output(static_cast<const S*>(c.output)),
+        y(static_cast<S*>(c.y)),
+        dx(static_cast<S*>(c.dx)),
+        dz(static_cast<S*>(c.dz)),
+        mask(c.mask) {}
 };
+
+// What a kernel is compiled for: the epilogue and the mask cost nothing where there are none.
+enum Kind { kBare, kActive, kMasked };
 
 template <class S>
 struct Compute {
@@ -170,7 +192,7 @@ struct Compute<double> {
   using T = double;
 };
 
-template <class S>
+template <class S, Kind K>
 struct Core {
   using T = typename Compute<S>::T;
   using V = Vec<T>;
@@ -178,40 +200,39 @@ struct Core {
   using Affine = Memory<T>;
 
   template <class P>
-  static NORMKIT_INLINE V load_x(const Place<S>& at, int64_t j, P part) {
-    V x = M::load(at.x + j, part);
-    return at.mask ? select(at.mask + j, x, part) : x;
+  static NORMKIT_INLINE V load_x(const Pointers<S>& p, int64_t at, P part) {
+    V x = M::load(p.x + at, part);
+    return K == kMasked ? select(p.mask + at, x, part) : x;
   }
 
-  // y from z = the affine's result.
-  template <bool Active, class P>
-  static NORMKIT_INLINE void finish(const Call& c, const Place<S>& at, int64_t j, P part, V z) {
-    if (at.residual) z = z + M::load(at.residual + j, part);
-    if constexpr (Active) z = activate(c.act, z);
-    if (at.mask) z = select(at.mask + j, z, part);
-    M::store(at.y + j, z, part);
+  // y from z, the affine's result.
+  template <class P>
+  static NORMKIT_INLINE void finish(const Pointers<S>& p, Act act, int64_t at, P part, V z) {
+    if (p.residual) z = z + M::load(p.residual + at, part);
+    if constexpr (K != kBare) z = activate(act, z);
+    if constexpr (K == kMasked) z = select(p.mask + at, z, part);
+    M::store(p.y + at, z, part);
   }
 
   // dz = dy * act'(z); z is the affine's result.
-  template <bool Active, class P>
-  static NORMKIT_INLINE V start(const Call& c, const Place<S>& at, int64_t j, P part, V z) {
-    V g = M::load(at.dy + j, part);
-    if constexpr (Active) {
-      if (at.output)
-        z = M::load(at.output + j, part);
-      else if (at.residual)
-        z = z + M::load(at.residual + j, part);
-      g = slope(c.act, z, g);
-    }
-    return at.mask ? select(at.mask + j, g, part) : g;
+  template <class P>
+  static NORMKIT_INLINE V start(const Pointers<S>& p, Act act, int64_t at, P part, V z) {
+    V g = M::load(p.dy + at, part);
+    if constexpr (K == kBare) return g;
+    if (p.output)
+      z = M::load(p.output + at, part);
+    else if (p.residual)
+      z = z + M::load(p.residual + at, part);
+    g = slope(act, z, g);
+    return K == kMasked ? select(p.mask + at, g, part) : g;
   }
 
   template <class P>
-  static NORMKIT_INLINE void write(const Place<S>& at, int64_t j, P part, V dx, V dz) {
-    if (at.mask) dx = select(at.mask + j, dx, part);
-    if (at.dtotal) dx = dx + M::load(at.dtotal + j, part);
-    M::store(at.dx + j, dx, part);
-    if (at.dz) M::store(at.dz + j, dz, part);
+  static NORMKIT_INLINE void write(const Pointers<S>& p, int64_t at, P part, V dx, V dz) {
+    if constexpr (K == kMasked) dx = select(p.mask + at, dx, part);
+    if (p.dtotal) dx = dx + M::load(p.dtotal + at, part);
+    M::store(p.dx + at, dx, part);
+    if (p.dz) M::store(p.dz + at, dz, part);
   }
 
   // x = base + add, for n elements.
@@ -219,18 +240,13 @@ struct Core {
     const S* base = static_cast<const S*>(c.base) + at;
     const S* more = static_cast<const S*>(c.add) + at;
     S* x = const_cast<S*>(static_cast<const S*>(c.x)) + at;
-    along<T>(n, [&](auto, int64_t j, auto part) NORMKIT_LAMBDA {
+    along<T>(n, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
       M::store(x + j, M::load(base + j, part) + M::load(more + j, part), part);
     });
   }
 
   static double widened(const S* p) {
-    S one[16] = {};
-    one[0] = *p;
-    V v = M::load(one, Whole());
-    T lanes[V::kLanes];
-    std::memcpy(lanes, &v, 64);
-    return lanes[0];
+    return Lanes<T>(M::load(p, Part{1})).a[0];
   }
 
   // A sum of squares in T that overflowed, or may have vanished where eps doesn't hide that.
@@ -254,209 +270,216 @@ struct Core {
 
 // ---- Rows ---------------------------------------------------------------------------------------
 
-template <class S>
-struct RowKernel : Core<S> {
-  using typename Core<S>::T;
-  using typename Core<S>::V;
-  using typename Core<S>::M;
-  using typename Core<S>::Affine;
-  using Core<S>::load_x;
+template <class S, Kind K>
+struct RowKernel : Core<S, K> {
+  using Base = Core<S, K>;
+  using typename Base::Affine;
+  using typename Base::M;
+  using typename Base::T;
+  using typename Base::V;
 
-  // The runs of one pool cut into blocks: pieces of a long run, or several short runs.
+  // Runs cut into blocks: pieces of a long run, or several short runs.
   struct Blocks {
-    int64_t segments, length, base, pieces, together, count;
+    int64_t segments, length, pieces, together, count;
 
-    Blocks(int64_t segments, int64_t length, int64_t base = 0)
-        : segments(segments), length(length), base(base) {
+    Blocks(int64_t segments, int64_t length) : segments(segments), length(length) {
       pieces = max(1, ceil_div(length, kBlock));
       together = pieces > 1 ? 1 : max(1, kBlock / max(1, length));
       count = pieces > 1 ? segments * pieces : ceil_div(segments, together);
     }
-    int64_t first(int64_t block) const {
-      return base + (pieces > 1 ? block / pieces : block * together);
-    }
-    int64_t runs(int64_t block) const {
-      return pieces > 1 ? 1 : min(together, segments - block * together);
-    }
-    int64_t begin(int64_t block) const { return pieces > 1 ? block % pieces * kBlock : 0; }
-    int64_t size(int64_t block) const {
-      return pieces > 1 ? min(kBlock, length - begin(block)) : length;
-    }
+  };
+  struct Block {
+    int64_t segment, runs, begin, size;
+    Block(const Blocks& b, int64_t i)
+        : segment(b.pieces > 1 ? i / b.pieces : i * b.together),
+          runs(b.pieces > 1 ? 1 : min(b.together, b.segments - segment)),
+          begin(b.pieces > 1 ? i % b.pieces * kBlock : 0),
+          size(min(kBlock, b.length - begin)) {}
   };
 
-  struct Standard {
-    T mean, rest, rstd;
-    Standard(const Call& c, int64_t pool) {
-      mean = static_cast<T>(c.mean[pool]);
-      rest = c.center ? static_cast<T>(c.mean[pool] - mean) : T(0);
-      rstd = static_cast<T*>(c.rstd)[pool];
-    }
-    NORMKIT_INLINE V centered(V x) const { return (x - V(mean)) - V(rest); }
-  };
-
-  const Rows& g;
+  const Rows g;
   const Call& c;
-  RowKernel(const Rows& g, const Call& c) : g(g), c(c) {}
+  const Pointers<S> pointers;
+  const T *weights, *biases;
+  // Runs that follow each other in memory are one run to the statistics.
+  const Blocks statistic, affine;
+
+  RowKernel(const Rows& g, const Call& c)
+      : g(g),
+        c(c),
+        pointers(c),
+        weights(static_cast<const T*>(c.weight)),
+        biases(static_cast<const T*>(c.bias)),
+        statistic(g.segment_stride == g.length ? Blocks(1, g.segments * g.length)
+                                               : Blocks(g.segments, g.length)),
+        affine(g.segment_step ? 1 : g.segments, g.length) {}
 
   int64_t offset(int64_t pool, int64_t segment) const {
     return pool * g.pool_stride + segment * g.segment_stride;
   }
   int64_t entry(int64_t pool, int64_t segment) const {
-    return pool % g.period * g.pool_step + segment * g.segment_step;
-  }
-  const T* weight(int64_t entry) const { return static_cast<const T*>(c.weight) + entry; }
-  const T* bias(int64_t entry) const { return static_cast<const T*>(c.bias) + entry; }
-  // Runs that follow each other in memory are one run to the statistics.
-  Blocks statistic_blocks() const {
-    bool joined = g.segment_stride == g.length;
-    return joined ? Blocks(1, g.segments * g.length) : Blocks(g.segments, g.length);
+    return (g.period == 1 ? 0 : pool % g.period) * g.pool_step + segment * g.segment_step;
   }
 
-  // Each run of a block, from its place on.
-  template <class F>
-  NORMKIT_INLINE void runs(const Blocks& blocks, int64_t pool, int64_t block, F f) const {
-    int64_t first = blocks.first(block), n = blocks.runs(block), begin = blocks.begin(block);
-    for (int64_t s = first; s < first + n; ++s)
-      f(Place<S>(c, offset(pool, s) + begin), s, begin, blocks.size(block));
-  }
+  struct Standard {
+    T mean, rest, rstd;
+    Standard(const Call& c, int64_t pool)
+        : mean(static_cast<T>(c.mean[pool])),
+          rest(c.center ? static_cast<T>(c.mean[pool] - mean) : T(0)),
+          rstd(static_cast<T*>(c.rstd)[pool]) {}
+    NORMKIT_INLINE V centered(V x) const { return (x - V(mean)) - V(rest); }
+  };
 
-  double count(const Blocks& blocks, int64_t pool, int64_t block) const {
-    if (!c.mask) return static_cast<double>(blocks.runs(block) * blocks.size(block));
+  double count(int64_t pool, const Block& b) const {
+    if (K != kMasked) return static_cast<double>(b.runs * b.size);
     int64_t n = 0;
-    runs(blocks, pool, block, [&](const Place<S>& at, int64_t, int64_t, int64_t size) {
-      for (int64_t j = 0; j < size; ++j) n += at.mask[j] != 0;
-    });
+    for (int64_t s = b.segment; s < b.segment + b.runs; ++s) {
+      const uint8_t* mask = c.mask + offset(pool, s) + b.begin;
+      for (int64_t j = 0; j < b.size; ++j) n += mask[j] != 0;
+    }
     return static_cast<double>(n);
   }
-  double count(const Blocks& blocks, int64_t pool) const {
-    if (!c.mask) return static_cast<double>(g.segments * g.length);
+  double count(int64_t pool) const {
+    if (K != kMasked) return static_cast<double>(g.segments * g.length);
     double n = 0;
-    for (int64_t b = 0; b < blocks.count; ++b) n += count(blocks, pool, b);
+    for (int64_t i = 0; i < statistic.count; ++i) n += count(pool, Block(statistic, i));
     return n;
   }
 
-  Moments moments(const Blocks& blocks, int64_t pool, int64_t block) const {
+  // Reads the block twice, the second time from cache; meanwhile the next one, at `next`, is fetched.
+  Moments moments(int64_t pool, const Block& b, int64_t next) const {
     Moments m;
-    m.n = count(blocks, pool, block);
+    m.n = count(pool, b);
     if (m.n == 0) return m;
+    const Pointers<S> p = pointers;
+    const int64_t from = offset(pool, b.segment) + b.begin, size = b.size;
+    const int64_t stride = g.segment_stride, end = from + b.runs * stride;
     T mean = 0;
     if (c.center) {
-      V s[4] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))};
-      runs(blocks, pool, block, [&](const Place<S>& at, int64_t, int64_t, int64_t size) {
-        along<T>(size, [&](auto slot, int64_t j, auto part) NORMKIT_LAMBDA {
-          s[slot.index] = s[slot.index] + load_x(at, j, part);
+      Sum<T> s;
+      for (int64_t at = from; at < end; at += stride)
+        along<T>(size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
+          s.add(slot, Base::load_x(p, at + j, part));
         });
-      });
-      mean = sum((s[0] + s[1]) + (s[2] + s[3])) / static_cast<T>(m.n);
+      mean = s.total() / static_cast<T>(m.n);
     }
-    V s[4] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))}, q[4] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))};
-    runs(blocks, pool, block, [&](const Place<S>& at, int64_t, int64_t, int64_t size) {
-      along<T>(size, [&](auto slot, int64_t j, auto part) NORMKIT_LAMBDA {
-        V d = keep(M::load(at.x + j, part) - V(mean), part);
-        if (at.mask) d = select(at.mask + j, d, part);
-        s[slot.index] = s[slot.index] + d;
-        q[slot.index] = q[slot.index] + d * d;
+    Sum<T> s, q;
+    const V shift(mean);
+    const S* ahead = p.x + (next - from);
+    for (int64_t at = from; at < end; at += stride)
+      along<T>(size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
+        __builtin_prefetch(ahead + at + j);
+        V d = keep(M::load(p.x + at + j, part) - shift, part);
+        if constexpr (K == kMasked) d = select(p.mask + at + j, d, part);
+        s.add(slot, d);
+        q.add(slot, d * d);
       });
-    });
-    T left = sum((s[0] + s[1]) + (s[2] + s[3])), squares = sum((q[0] + q[1]) + (q[2] + q[3]));
-    if (this->unsafe(c, m.n, squares)) return moments_in_double(blocks, pool, block, m.n);
+    T left = s.total(), squares = q.total();
+    if (Base::unsafe(c, m.n, squares)) return moments_in_double(pool, b, m.n);
     if (c.center) {
-      m.mean = mean + left / m.n;
-      m.m2 = squares - static_cast<double>(left) * left / m.n;
+      double rest = left / m.n;
+      m.mean = mean + rest;
+      m.m2 = squares - left * rest;
     } else {
       m.m2 = squares;
     }
     return m;
   }
 
-  __attribute__((noinline)) Moments moments_in_double(const Blocks& blocks, int64_t pool,
-                                                      int64_t block, double n) const {
+  Moments moments(int64_t pool, int64_t i) const {
+    Block b(statistic, i);
+    if (i + 1 == statistic.count) return moments(pool, b, offset(pool + 1, 0));
+    Block after(statistic, i + 1);
+    return moments(pool, b, offset(pool, after.segment) + after.begin);
+  }
+
+  __attribute__((noinline)) Moments moments_in_double(int64_t pool, const Block& b,
+                                                      double n) const {
     Moments m;
     m.n = n;
     for (int pass = c.center ? 0 : 1; pass < 2; ++pass) {
       double total = 0;
-      runs(blocks, pool, block, [&](const Place<S>& at, int64_t, int64_t, int64_t size) {
-        for (int64_t j = 0; j < size; ++j) {
-          if (at.mask && !at.mask[j]) continue;
-          double d = this->widened(at.x + j) - m.mean;
+      for (int64_t s = b.segment; s < b.segment + b.runs; ++s) {
+        int64_t at = offset(pool, s) + b.begin;
+        for (int64_t j = at; j < at + b.size; ++j) {
+          if (c.mask && !c.mask[j]) continue;
+          double d = Base::widened(pointers.x + j) - m.mean;
           total += pass ? d * d : d;
         }
-      });
+      }
       (pass ? m.m2 : m.mean) = pass ? total : total / n;
     }
     return m;
   }
 
-  template <bool Active>
-  void apply(int64_t pool, int64_t segment, int64_t begin, int64_t size) const {
-    Standard s(c, pool);
-    Place<S> at(c, offset(pool, segment) + begin);
-    int64_t e = entry(pool, segment);
+  // y over [begin, begin + size) of some segments.
+  void apply(int64_t pool, int64_t segment, int64_t segments, int64_t begin, int64_t size) const {
+    const Pointers<S> p = pointers;
+    const Standard st(c, pool);
+    const Act act = c.act;
+    int64_t at = offset(pool, segment) + begin, e = entry(pool, segment);
     if (g.vector_affine) {
-      const T *w = weight(e) + begin, *b = bias(e) + begin;
-      along<T>(size, [&](auto, int64_t j, auto part) NORMKIT_LAMBDA {
-        V standard = s.centered(M::load(at.x + j, part)) * V(s.rstd);
-        V z = standard * Affine::load(w + j, part) + Affine::load(b + j, part);
-        this->template finish<Active>(c, at, j, part, z);
+      const T *w = weights + e + begin, *b = biases + e + begin;
+      const V rstd(st.rstd);
+      along<T>(size, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
+        V z = st.centered(M::load(p.x + at + j, part)) * rstd * Affine::load(w + j, part) +
+              Affine::load(b + j, part);
+        Base::finish(p, act, at + j, part, z);
       });
-    } else {
-      V scale(s.rstd * *weight(e)), shift(*bias(e));
-      along<T>(size, [&](auto, int64_t j, auto part) NORMKIT_LAMBDA {
-        V z = s.centered(M::load(at.x + j, part)) * scale + shift;
-        this->template finish<Active>(c, at, j, part, z);
+      return;
+    }
+    for (int64_t s = 0; s < segments; ++s, at += g.segment_stride, e += g.segment_step) {
+      const V scale(st.rstd * weights[e]), shift(biases[e]);
+      along<T>(size, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
+        V z = st.centered(M::load(p.x + at + j, part)) * scale + shift;
+        Base::finish(p, act, at + j, part, z);
       });
     }
   }
 
-  template <bool Active>
+  bool fused() const {
+    return g.pools >= 4 * threads() || g.pools * g.segments * g.length <= kGrain;
+  }
+  int64_t pool_grain() const { return max(1, kGrain / max(1, g.segments * g.length)); }
+
   void forward() const {
-    Blocks blocks = statistic_blocks();
-    int64_t pool_size = g.segments * g.length;
-    if (g.pools >= 4 * threads() || g.pools * pool_size <= kGrain) {
-      parallel_for(g.pools, max(1, kGrain / max(1, pool_size)), [&](int64_t begin, int64_t end) {
+    if (fused()) {
+      parallel_for(g.pools, pool_grain(), [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) {
           if (c.add)
-            for (int64_t s = 0; s < g.segments; ++s) this->add(c, offset(p, s), g.length);
+            for (int64_t s = 0; s < g.segments; ++s) Base::add(c, offset(p, s), g.length);
           if (c.given) {
-            this->take_given(c, p);
+            Base::take_given(c, p);
           } else {
-            Moments m;
-            for (int64_t b = 0; b < blocks.count; ++b) {
-              Moments one = moments(blocks, p, b);
-              m.merge(one.n, one.mean, one.m2);
-            }
-            this->finish_moments(c, m, p);
+            Moments m = moments(p, 0);
+            for (int64_t i = 1; i < statistic.count; ++i) m.merge(moments(p, i));
+            Base::finish_moments(c, m, p);
           }
-          for (int64_t s = 0; s < g.segments; ++s) apply<Active>(p, s, 0, g.length);
+          apply(p, 0, g.segments, 0, g.length);
         }
       });
       return;
     }
-    int64_t grain = max(1, kGrain / kBlock);
     if (c.add)
       pieces([&](int64_t p, int64_t s, int64_t begin, int64_t size) {
-        this->add(c, offset(p, s) + begin, size);
+        Base::add(c, offset(p, s) + begin, size);
       });
     if (c.given) {
-      for (int64_t p = 0; p < g.pools; ++p) this->take_given(c, p);
+      for (int64_t p = 0; p < g.pools; ++p) Base::take_given(c, p);
     } else {
-      Array<Moments> parts(g.pools * blocks.count);
-      parallel_for(g.pools * blocks.count, grain, [&](int64_t begin, int64_t end) {
+      int64_t each = statistic.count;
+      Array<Moments> parts(g.pools * each);
+      parallel_for(g.pools * each, max(1, kGrain / kBlock), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-          parts[i] = moments(blocks, i / blocks.count, i % blocks.count);
+          parts[i] = moments(i / each, i % each);
       });
       for (int64_t p = 0; p < g.pools; ++p) {
-        Moments m;
-        for (int64_t b = 0; b < blocks.count; ++b) {
-          const Moments& one = parts[p * blocks.count + b];
-          m.merge(one.n, one.mean, one.m2);
-        }
-        this->finish_moments(c, m, p);
+        Moments m = parts[p * each];
+        for (int64_t i = 1; i < each; ++i) m.merge(parts[p * each + i]);
+        Base::finish_moments(c, m, p);
       }
     }
-    pieces([&](int64_t p, int64_t s, int64_t begin, int64_t size) {
-      apply<Active>(p, s, begin, size);
-    });
+    pieces([&](int64_t p, int64_t s, int64_t begin, int64_t size) { apply(p, s, 1, begin, size); });
   }
 
   // Every element once, in parallel, in pieces of a run.
@@ -484,154 +507,144 @@ struct RowKernel : Core<S> {
   };
 
   // Over a block: the sums of g and g * x̂, g = dz where the affine is a scalar, else dz * weight.
-  template <bool Active>
-  Sums sums(const Blocks& blocks, int64_t pool, int64_t block) const {
-    Standard st(c, pool);
-    V s[4] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))}, q[4] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))};
-    runs(blocks, pool, block,
-         [&](const Place<S>& at, int64_t segment, int64_t from, int64_t size) {
-           int64_t e = entry(pool, segment);
-           const T *w = weight(e), *b = bias(e);
-           if (g.vector_affine) {
-             w += from;
-             b += from;
-             along<T>(size, [&](auto slot, int64_t j, auto part) NORMKIT_LAMBDA {
-               V x = st.centered(load_x(at, j, part)) * V(st.rstd), wj = Affine::load(w + j, part);
-               V z = Active ? x * wj + Affine::load(b + j, part) : x;
-               V dz = this->template start<Active>(c, at, j, part, z) * wj;
-               s[slot.index] = s[slot.index] + dz;
-               q[slot.index] = q[slot.index] + dz * x;
-             });
-           } else {
-             V scale(st.rstd * *w), shift(*b);
-             along<T>(size, [&](auto slot, int64_t j, auto part) NORMKIT_LAMBDA {
-               V d = st.centered(load_x(at, j, part));
-               V dz = this->template start<Active>(c, at, j, part, d * scale + shift);
-               s[slot.index] = s[slot.index] + dz;
-               q[slot.index] = q[slot.index] + dz * (d * V(st.rstd));
-             });
-           }
-         });
-    Sums total;
-    total.dz = sum((s[0] + s[1]) + (s[2] + s[3]));
-    total.dzx = sum((q[0] + q[1]) + (q[2] + q[3]));
-    return total;
+  Sums sums(int64_t pool, const Block& block) const {
+    const Pointers<S> p = pointers;
+    const Standard st(c, pool);
+    const Act act = c.act;
+    const V rstd(st.rstd);
+    int64_t at = offset(pool, block.segment) + block.begin, e = entry(pool, block.segment);
+    Sum<T> s, q;
+    if (g.vector_affine) {
+      const T *w = weights + e + block.begin, *b = biases + e + block.begin;
+      along<T>(block.size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
+        V x = st.centered(Base::load_x(p, at + j, part)) * rstd, wj = Affine::load(w + j, part);
+        V z = K == kBare ? x : x * wj + Affine::load(b + j, part);
+        V g = Base::start(p, act, at + j, part, z) * wj;
+        s.add(slot, g);
+        q.add(slot, g * x);
+      });
+    } else {
+      const V scale(st.rstd * weights[e]), shift(biases[e]);
+      for (int64_t i = 0; i < block.runs; ++i, at += g.segment_stride)
+        along<T>(block.size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
+          V d = st.centered(Base::load_x(p, at + j, part));
+          V dz = Base::start(p, act, at + j, part, d * scale + shift);
+          s.add(slot, dz);
+          q.add(slot, dz * (d * rstd));
+        });
+    }
+    return Sums(s.total(), q.total());
   }
 
   // dx = (dz * weight - <g> - x̂ <g x̂>) * rstd; dw and db, where given, are added to.
-  template <bool Active>
-  void gradient(int64_t pool, int64_t segment, int64_t begin, int64_t size, Sums mean_g, T* dw,
-                T* db) const {
-    Standard st(c, pool);
-    Place<S> at(c, offset(pool, segment) + begin);
-    int64_t e = entry(pool, segment);
-    const T *w = weight(e) + (g.vector_affine ? begin : 0);
-    const T *b = bias(e) + (g.vector_affine ? begin : 0);
-    V rstd(st.rstd);
-    V flat(static_cast<T>(mean_g.dz * st.rstd)), steep(static_cast<T>(mean_g.dzx * st.rstd));
+  void gradient(int64_t pool, int64_t segment, int64_t segments, int64_t begin, int64_t size,
+                Sums mean, T* dw = nullptr, T* db = nullptr) const {
+    const Pointers<S> p = pointers;
+    const Standard st(c, pool);
+    const Act act = c.act;
+    const V rstd(st.rstd);
+    const V flat(static_cast<T>(mean.dz * st.rstd)), steep(static_cast<T>(mean.dzx * st.rstd));
+    int64_t at = offset(pool, segment) + begin, e = entry(pool, segment);
     if (g.vector_affine) {
-      along<T>(size, [&](auto, int64_t j, auto part) NORMKIT_LAMBDA {
-        V x = st.centered(load_x(at, j, part)) * rstd, wj = Affine::load(w + j, part);
-        V z = Active ? x * wj + Affine::load(b + j, part) : x;
-        V dz = this->template start<Active>(c, at, j, part, z);
+      const T *w = weights + e + begin, *b = biases + e + begin;
+      along<T>(size, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
+        V x = st.centered(Base::load_x(p, at + j, part)) * rstd, wj = Affine::load(w + j, part);
+        V z = K == kBare ? x : x * wj + Affine::load(b + j, part);
+        V dz = Base::start(p, act, at + j, part, z);
         if (dw) {
           Affine::store(dw + j, Affine::load(dw + j, part) + dz * x, part);
           Affine::store(db + j, Affine::load(db + j, part) + dz, part);
         }
-        this->write(at, j, part, (dz * wj * rstd - flat) - x * steep, dz);
+        Base::write(p, at + j, part, (dz * wj * rstd - flat) - x * steep, dz);
       });
-    } else {
-      V scale(st.rstd * *w), shift(*b);
-      along<T>(size, [&](auto, int64_t j, auto part) NORMKIT_LAMBDA {
-        V d = st.centered(load_x(at, j, part));
-        V dz = this->template start<Active>(c, at, j, part, d * scale + shift);
-        this->write(at, j, part, (dz * scale - flat) - (d * rstd) * steep, dz);
+      return;
+    }
+    for (int64_t s = 0; s < segments; ++s, at += g.segment_stride, e += g.segment_step) {
+      const V scale(st.rstd * weights[e]), shift(biases[e]);
+      along<T>(size, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
+        V d = st.centered(Base::load_x(p, at + j, part));
+        V dz = Base::start(p, act, at + j, part, d * scale + shift);
+        Base::write(p, at + j, part, (dz * scale - flat) - (d * rstd) * steep, dz);
       });
     }
   }
 
-  Sums mean_of(Sums g_sums, double n) const {
-    Sums mean;
-    if (c.given || n == 0) return mean;
-    mean.dz = c.center ? g_sums.dz / n : 0;
-    mean.dzx = g_sums.dzx / n;
-    return mean;
+  Sums mean_of(int64_t pool, Sums total) const {
+    double n = c.given ? 0 : count(pool);
+    if (n == 0) return Sums();
+    return Sums(c.center ? total.dz / n : 0, total.dzx / n);
   }
 
-  template <bool Active>
   void backward() const {
-    Blocks counting = statistic_blocks();
     if (g.vector_affine) {
-      backward_vector<Active>(counting);
+      backward_vector();
       return;
     }
     // Segments with one affine share their blocks; those with their own are summed each by itself.
-    int64_t kinds = g.segment_step ? g.segments : 1, shared = g.segment_step ? 1 : g.segments;
-    int64_t per_kind = Blocks(shared, g.length).count, pool_size = g.segments * g.length;
-    bool wants = c.dweight != nullptr, summing = wants || !c.given;
-    auto block_sums = [&](int64_t p, int64_t kind, int64_t b) {
-      return sums<Active>(Blocks(shared, g.length, kind), p, b);
+    const int64_t kinds = g.segment_step ? g.segments : 1, each = affine.count;
+    const bool wants = c.dweight != nullptr, summing = wants || !c.given;
+    auto kind_sums = [&](int64_t pool, int64_t kind, int64_t i) {
+      Block b(affine, i);
+      b.segment += kind;
+      return sums(pool, b);
     };
-    auto mean = [&](int64_t p, const Sums* of_kinds) {
+    auto mean = [&](int64_t pool, const Sums* of_kinds) {
       Sums total;
       for (int64_t k = 0; k < kinds; ++k) {
-        double w = *weight(entry(p, k));
-        total += Sums{w * of_kinds[k].dz, w * of_kinds[k].dzx};
+        double w = weights[entry(pool, k)];
+        total += Sums(w * of_kinds[k].dz, w * of_kinds[k].dzx);
       }
-      return mean_of(total, count(counting, p));
+      return mean_of(pool, total);
     };
     Array<Sums> parts(g.pools * kinds);
     parts.fill(g.pools * kinds, Sums());
-    if (g.pools >= 4 * threads() || g.pools * pool_size <= kGrain) {
-      parallel_for(g.pools, max(1, kGrain / max(1, pool_size)), [&](int64_t begin, int64_t end) {
+    if (fused()) {
+      parallel_for(g.pools, pool_grain(), [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) {
           Sums* mine = &parts[p * kinds];
           if (summing)
             for (int64_t k = 0; k < kinds; ++k)
-              for (int64_t b = 0; b < per_kind; ++b) mine[k] += block_sums(p, k, b);
-          Sums m = mean(p, mine);
-          for (int64_t s = 0; s < g.segments; ++s)
-            gradient<Active>(p, s, 0, g.length, m, nullptr, nullptr);
+              for (int64_t i = 0; i < each; ++i) mine[k] += kind_sums(p, k, i);
+          gradient(p, 0, g.segments, 0, g.length, mean(p, mine));
         }
       });
     } else {
-      int64_t per_pool = kinds * per_kind;
+      const int64_t per_pool = kinds * each;
       Array<Sums> small(g.pools * per_pool), means(g.pools);
       if (summing)
         parallel_for(g.pools * per_pool, max(1, kGrain / kBlock), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i)
-            small[i] = block_sums(i / per_pool, i % per_pool / per_kind, i % per_kind);
+            small[i] = kind_sums(i / per_pool, i % per_pool / each, i % each);
         });
       for (int64_t p = 0; p < g.pools; ++p) {
         if (summing)
-          for (int64_t i = 0; i < per_pool; ++i)
-            parts[p * kinds + i / per_kind] += small[p * per_pool + i];
+          for (int64_t i = 0; i < per_pool; ++i) parts[p * kinds + i / each] += small[p * per_pool + i];
         means[p] = mean(p, &parts[p * kinds]);
       }
       pieces([&](int64_t p, int64_t s, int64_t begin, int64_t size) {
-        gradient<Active>(p, s, begin, size, means[p], nullptr, nullptr);
+        gradient(p, s, 1, begin, size, means[p]);
       });
     }
     if (!wants) return;
-    int64_t repeats = g.pools / g.period * kinds;
-    parallel_for(g.period, max(1, kGrain / max(1, repeats)), [&](int64_t begin, int64_t end) {
-      for (int64_t q = begin; q < end; ++q)
-        for (int64_t k = 0; k < kinds; ++k) {
-          Sums total;
-          for (int64_t p = q; p < g.pools; p += g.period) total += parts[p * kinds + k];
-          c.dweight[entry(q, k)] = total.dzx;
-          c.dbias[entry(q, k)] = total.dz;
-        }
-    });
+    parallel_for(g.period, max(1, kGrain / max(1, g.pools / g.period * kinds)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t q = begin; q < end; ++q)
+                     for (int64_t k = 0; k < kinds; ++k) {
+                       Sums total;
+                       for (int64_t p = q; p < g.pools; p += g.period)
+                         total += parts[p * kinds + k];
+                       c.dweight[entry(q, k)] = total.dzx;
+                       c.dbias[entry(q, k)] = total.dz;
+                     }
+                 });
   }
 
-  template <bool Active>
-  void backward_vector(const Blocks& blocks) const {
-    int64_t entries = g.period * g.length;
-    int64_t rows = max(ceil_div(32, g.period) * g.period,
-                       ceil_div(ceil_div(g.pools, 256), g.period) * g.period);
-    int64_t chunks = ceil_div(g.pools, rows);
-    bool wants = c.dweight != nullptr;
+  // Chunks of rows, each with its own sums for weight and bias, whatever the number of threads.
+  void backward_vector() const {
+    const int64_t entries = g.period * g.length;
+    const int64_t least = max(32, ceil_div(g.pools, 256));
+    const int64_t rows = ceil_div(least, g.period) * g.period, chunks = ceil_div(g.pools, rows);
+    const bool wants = c.dweight != nullptr;
     Array<T> parts(wants ? 2 * chunks * entries : 0);
     parallel_for(chunks, max(1, kGrain / max(1, rows * g.length)), [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -640,11 +653,10 @@ struct RowKernel : Core<S> {
           for (int64_t i = 0; i < 2 * entries; ++i) dw[i] = 0;
         for (int64_t p = chunk * rows; p < min(g.pools, (chunk + 1) * rows); ++p) {
           Sums total;
-          for (int64_t b = 0; b < blocks.count; ++b) total += sums<Active>(blocks, p, b);
-          Sums mean = mean_of(total, count(blocks, p));
-          int64_t e = entry(p, 0);
-          gradient<Active>(p, 0, 0, g.length, mean, wants ? dw + e : nullptr,
-                           wants ? dw + entries + e : nullptr);
+          if (!c.given)
+            for (int64_t i = 0; i < affine.count; ++i) total += sums(p, Block(affine, i));
+          T* mine = wants ? dw + entry(p, 0) : nullptr;
+          gradient(p, 0, 1, 0, g.length, mean_of(p, total), mine, mine ? mine + entries : nullptr);
         }
       }
     });
@@ -664,23 +676,25 @@ struct RowKernel : Core<S> {
 
 // ---- Columns ------------------------------------------------------------------------------------
 
-template <class S>
-struct ColumnKernel : Core<S> {
-  using typename Core<S>::T;
-  using typename Core<S>::V;
-  using typename Core<S>::M;
-  using typename Core<S>::Affine;
+template <class S, Kind K>
+struct ColumnKernel : Core<S, K> {
+  using Base = Core<S, K>;
+  using typename Base::Affine;
+  using typename Base::M;
+  using typename Base::T;
+  using typename Base::V;
 
   // A tile's columns of one matrix, cut into blocks of rows.
   struct Unit {
     int64_t outer, begin, width;
   };
 
-  const Columns& g;
+  const Columns g;
   const Call& c;
+  const Pointers<S> pointers;
   int64_t tile, tiles, block_rows, blocks;
 
-  ColumnKernel(const Columns& g, const Call& c) : g(g), c(c) {
+  ColumnKernel(const Columns& g, const Call& c) : g(g), c(c), pointers(c) {
     tile = g.group;
     while (tile < kTile) tile *= 2;
     if (g.affine_per_row) tile = max(64, min(1024, 65536 / max(1, g.rows) / 64 * 64));
@@ -704,8 +718,8 @@ struct ColumnKernel : Core<S> {
   template <class F>
   NORMKIT_INLINE void rows_of(int64_t block, F f) const {
     int64_t r = block * block_rows, end = min(g.rows, r + block_rows);
-    for (; r + 4 <= end; r += 4) f(Slot<4>(), r);
-    for (; r < end; ++r) f(Slot<1>(), r);
+    for (; r + 4 <= end; r += 4) f(Several<4>(), r);
+    for (; r < end; ++r) f(Several<1>(), r);
   }
 
   // What a unit's columns need, expanded from pools and affine entries: a value a column.
@@ -715,16 +729,25 @@ struct ColumnKernel : Core<S> {
         : mean(u.width), rest(u.width), rstd(u.width), scale(u.width), shift(u.width) {
       const Columns& g = k.g;
       const Call& c = k.c;
-      for (int64_t j = 0; j < u.width; ++j) {
-        int64_t pool = k.first_pool(u) + j / g.group;
+      auto take = [&](int64_t j, int64_t pool) {
         mean[j] = static_cast<T>(c.mean[pool]);
         rest[j] = c.center ? static_cast<T>(c.mean[pool] - mean[j]) : T(0);
         rstd[j] = static_cast<T*>(c.rstd)[pool];
-        if (g.affine_per_row) continue;
-        int64_t e = (u.begin + j) / g.repeat;
+      };
+      auto shape = [&](int64_t j, int64_t e) {
         scale[j] = rstd[j] * static_cast<const T*>(c.weight)[e];
         shift[j] = static_cast<const T*>(c.bias)[e];
-      }
+      };
+      int64_t first = k.first_pool(u);
+      if (g.group == 1)
+        for (int64_t j = 0; j < u.width; ++j) take(j, first + j);
+      else
+        for (int64_t j = 0; j < u.width; ++j) take(j, first + j / g.group);
+      if (g.affine_per_row) return;
+      if (g.repeat == 1)
+        for (int64_t j = 0; j < u.width; ++j) shape(j, u.begin + j);
+      else
+        for (int64_t j = 0; j < u.width; ++j) shape(j, (u.begin + j) / g.repeat);
     }
   };
 
@@ -739,10 +762,12 @@ struct ColumnKernel : Core<S> {
   };
 
   void moments(const Unit& u, int64_t block, double* n, double* mean, double* m2) const {
+    const Pointers<S> p = pointers;
     int64_t w = u.width, first = block * block_rows, last = min(g.rows, first + block_rows);
     if (c.add)
-      for (int64_t r = first; r < last; ++r) this->add(c, offset(u, r), w);
+      for (int64_t r = first; r < last; ++r) Base::add(c, offset(u, r), w);
     Array<T> s(w), m(w), q(w);
+    const double whole = 1 / static_cast<double>(last - first);
     for (int64_t j = 0; j < w; ++j) n[j] = static_cast<double>(last - first);
     if (c.mask) {
       for (int64_t j = 0; j < w; ++j) n[j] = 0;
@@ -756,25 +781,25 @@ struct ColumnKernel : Core<S> {
     q.fill(w, 0);
     if (c.center) {
       rows_of(block, [&](auto many, int64_t r) {
-        Place<S> at(c, offset(u, r));
+        const int64_t at = offset(u, r);
         across<T>(w, [&](int64_t j, auto part) NORMKIT_LAMBDA {
-          V x[many.index];
-          for (int i = 0; i < many.index; ++i) x[i] = this->load_x(at, i * g.columns + j, part);
+          V x[many.count];
+          for (int i = 0; i < many.count; ++i) x[i] = Base::load_x(p, at + i * g.columns + j, part);
           V total = x[0];
-          for (int i = 1; i < many.index; ++i) total = total + x[i];
+          for (int i = 1; i < many.count; ++i) total = total + x[i];
           Affine::store(&m[j], Affine::load(&m[j], part) + total, part);
         });
       });
-      for (int64_t j = 0; j < w; ++j) m[j] = n[j] > 0 ? m[j] / static_cast<T>(n[j]) : T(0);
+      for (int64_t j = 0; j < w; ++j) m[j] *= static_cast<T>(inverse(n[j], whole));
     }
     rows_of(block, [&](auto many, int64_t r) {
-      Place<S> at(c, offset(u, r));
+      const int64_t at = offset(u, r);
       across<T>(w, [&](int64_t j, auto part) NORMKIT_LAMBDA {
         V mean_j = Affine::load(&m[j], part);
         V left(T(0)), squares(T(0));
-        for (int i = 0; i < many.index; ++i) {
-          V d = M::load(at.x + i * g.columns + j, part) - mean_j;
-          if (at.mask) d = select(at.mask + i * g.columns + j, d, part);
+        for (int i = 0; i < many.count; ++i) {
+          V d = M::load(p.x + at + i * g.columns + j, part) - mean_j;
+          if constexpr (K == kMasked) d = select(p.mask + at + i * g.columns + j, d, part);
           left = left + d;
           squares = squares + d * d;
         }
@@ -784,21 +809,21 @@ struct ColumnKernel : Core<S> {
     });
     bool safe = true;
     for (int64_t j = 0; j < w; ++j) {
-      double count = n[j] > 0 ? n[j] : 1, left = c.center ? s[j] : T(0);
-      mean[j] = m[j] + left / count;
-      m2[j] = q[j] - left * left / count;
-      safe &= !this->unsafe(c, n[j], q[j]);
+      double left = c.center ? s[j] : T(0), rest = left * inverse(n[j], whole);
+      mean[j] = m[j] + rest;
+      m2[j] = q[j] - left * rest;
+      safe &= !Base::unsafe(c, n[j], q[j]);
     }
     if (safe) return;
     for (int64_t j = 0; j < w; ++j) {
-      if (!this->unsafe(c, n[j], q[j]) || n[j] == 0) continue;
+      if (!Base::unsafe(c, n[j], q[j]) || n[j] == 0) continue;
       mean[j] = 0;
       for (int pass = c.center ? 0 : 1; pass < 2; ++pass) {
         double total = 0;
         for (int64_t r = first; r < last; ++r) {
-          Place<S> at(c, offset(u, r) + j);
-          if (at.mask && !*at.mask) continue;
-          double d = this->widened(at.x) - mean[j];
+          int64_t at = offset(u, r) + j;
+          if (c.mask && !c.mask[at]) continue;
+          double d = Base::widened(pointers.x + at) - mean[j];
           total += pass ? d * d : d;
         }
         (pass ? m2 : mean)[j] = pass ? total : total / n[j];
@@ -806,46 +831,68 @@ struct ColumnKernel : Core<S> {
     }
   }
 
+  // 1 / n, which is known where nothing is masked.
+  static NORMKIT_INLINE double inverse(double n, double whole) {
+    if (K != kMasked) return whole;
+    return n > 0 ? 1 / n : 0;
+  }
+
   static void merge(ColumnMoments& all, int64_t begin, int64_t end, const double* n,
                     const double* mean, const double* m2) {
+    if (begin == end) return;
+    const double whole = 1 / (all.n[begin] + n[begin]);
     for (int64_t j = begin; j < end; ++j) {
-      double total = all.n[j] + n[j], share = n[j] / (total > 0 ? total : 1);
-      double delta = mean[j] - all.mean[j];
+      double total = all.n[j] + n[j], share = n[j] * inverse(total, whole);
+      double delta = mean[j] - all.mean[j], moved = all.mean[j] + delta * share;
       all.m2[j] += m2[j] + delta * delta * all.n[j] * share;
-      all.mean[j] = all.n[j] > 0 ? all.mean[j] + delta * share : mean[j];
+      all.mean[j] = all.n[j] > 0 ? moved : mean[j];
       all.n[j] = total;
     }
   }
 
   void finish(const Unit& u, ColumnMoments& all) const {
-    for (int64_t p = 0; p < pools_of(u); ++p) {
-      Moments m;
-      for (int64_t j = p * g.group; j < (p + 1) * g.group; ++j)
-        m.merge(all.n[j], all.mean[j], all.m2[j]);
-      this->finish_moments(c, m, first_pool(u) + p);
+    int64_t first = first_pool(u);
+    if (g.group > 1) {
+      for (int64_t p = 0; p < pools_of(u); ++p) {
+        Moments m;
+        for (int64_t j = p * g.group; j < (p + 1) * g.group; ++j)
+          m.merge(all.n[j], all.mean[j], all.m2[j]);
+        Base::finish_moments(c, m, first + p);
+      }
+      return;
+    }
+    const double whole = 1 / all.n[0];
+    T *var = static_cast<T*>(c.var) + first, *rstd = static_cast<T*>(c.rstd) + first;
+    double* mean = c.mean + first;
+    for (int64_t j = 0; j < u.width; ++j) {
+      double v = all.m2[j] * inverse(all.n[j], whole);
+      mean[j] = all.mean[j];
+      var[j] = static_cast<T>(v);
+      rstd[j] = static_cast<T>(1 / std::sqrt(v + c.eps));
     }
   }
 
-  template <bool Active>
   void apply(const Unit& u, Standard& st, int64_t block) const {
+    const Pointers<S> p = pointers;
+    const Act act = c.act;
     rows_of(block, [&](auto many, int64_t r) {
-      Place<S> at(c, offset(u, r));
+      const int64_t at = offset(u, r);
       across<T>(u.width, [&](int64_t j, auto part) NORMKIT_LAMBDA {
         V mean = Affine::load(&st.mean[j], part), rest = Affine::load(&st.rest[j], part);
         if (g.affine_per_row) {
           V rstd = Affine::load(&st.rstd[j], part);
-          for (int i = 0; i < many.index; ++i) {
-            int64_t k = i * g.columns + j;
-            V standard = ((M::load(at.x + k, part) - mean) - rest) * rstd;
+          for (int i = 0; i < many.count; ++i) {
+            int64_t k = at + i * g.columns + j;
+            V standard = ((M::load(p.x + k, part) - mean) - rest) * rstd;
             V z = standard * V(weight(r + i)) + V(bias(r + i));
-            Core<S>::template finish<Active>(c, at, k, part, z);
+            Base::finish(p, act, k, part, z);
           }
         } else {
           V scale = Affine::load(&st.scale[j], part), shift = Affine::load(&st.shift[j], part);
-          for (int i = 0; i < many.index; ++i) {
-            int64_t k = i * g.columns + j;
-            V z = ((M::load(at.x + k, part) - mean) - rest) * scale + shift;
-            Core<S>::template finish<Active>(c, at, k, part, z);
+          for (int i = 0; i < many.count; ++i) {
+            int64_t k = at + i * g.columns + j;
+            V z = ((M::load(p.x + k, part) - mean) - rest) * scale + shift;
+            Base::finish(p, act, k, part, z);
           }
         }
       });
@@ -861,11 +908,10 @@ struct ColumnKernel : Core<S> {
            g.outer * g.rows * g.columns <= kGrain;
   }
 
-  template <bool Active>
   void forward() const {
     int64_t units = g.outer * tiles, unit_size = max(1, g.rows * tile);
     if (c.given)
-      for (int64_t p = 0; p < g.outer * g.columns / g.group; ++p) this->take_given(c, p);
+      for (int64_t p = 0; p < g.outer * g.columns / g.group; ++p) Base::take_given(c, p);
     if (fused()) {
       parallel_for(units, max(1, kGrain / unit_size), [&](int64_t begin, int64_t end) {
         Array<double> n(tile), mean(tile), m2(tile);
@@ -880,7 +926,7 @@ struct ColumnKernel : Core<S> {
             finish(u, all);
           }
           Standard st(*this, u);
-          for (int64_t b = 0; b < blocks; ++b) apply<Active>(u, st, b);
+          for (int64_t b = 0; b < blocks; ++b) apply(u, st, b);
         }
       });
       return;
@@ -909,7 +955,7 @@ struct ColumnKernel : Core<S> {
       Standard st(*this, u);
       // Last blocks first: they are the likeliest to be still in cache.
       parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t b = end - 1; b >= begin; --b) apply<Active>(u, st, b);
+        for (int64_t b = end - 1; b >= begin; --b) apply(u, st, b);
       });
     }
   }
@@ -917,20 +963,24 @@ struct ColumnKernel : Core<S> {
   // ---- backward
 
   // A column's sums of g and g * x̂ over a block; g = dz, weighted where the affine is a row's.
-  template <bool Active>
   void sums(const Unit& u, Standard& st, int64_t block, double* dz, double* dzx) const {
+    const Pointers<S> p = pointers;
+    const Act act = c.act;
+    const bool per_row = g.affine_per_row;
+    const int64_t columns = g.columns;
     Array<T> s(u.width), q(u.width);
     s.fill(u.width, 0);
     q.fill(u.width, 0);
     rows_of(block, [&](auto many, int64_t r) {
-      Place<S> at(c, offset(u, r));
+      const int64_t at = offset(u, r);
       across<T>(u.width, [&](int64_t j, auto part) NORMKIT_LAMBDA {
+        const Operands o(*this, st, j, part);
         V left(T(0)), right(T(0));
-        for (int i = 0; i < many.index; ++i) {
-          V x, g = point<Active>(at, st, r + i, i * this->g.columns, j, part, x);
-          if (this->g.affine_per_row) g = g * V(weight(r + i));
-          left = left + g;
-          right = right + g * x;
+        for (int i = 0; i < many.count; ++i) {
+          V x, dz = point(p, act, o, per_row, r + i, at + i * columns + j, part, x);
+          if (per_row) dz = dz * V(weight(r + i));
+          left = left + dz;
+          right = right + dz * x;
         }
         Affine::store(&s[j], Affine::load(&s[j], part) + left, part);
         Affine::store(&q[j], Affine::load(&q[j], part) + right, part);
@@ -942,19 +992,30 @@ struct ColumnKernel : Core<S> {
     }
   }
 
+  // What the columns at j share over all rows.
+  struct Operands {
+    V mean, rest, rstd, scale, shift;
+    template <class P>
+    NORMKIT_INLINE Operands(const ColumnKernel& k, Standard& st, int64_t j, P part)
+        : mean(Affine::load(&st.mean[j], part)),
+          rest(Affine::load(&st.rest[j], part)),
+          rstd(Affine::load(&st.rstd[j], part)) {
+      if (k.g.affine_per_row) return;
+      scale = Affine::load(&st.scale[j], part);
+      shift = Affine::load(&st.shift[j], part);
+    }
+  };
+
   // dz, and x̂.
-  template <bool Active, class P>
-  NORMKIT_INLINE V point(const Place<S>& at, Standard& st, int64_t row, int64_t down, int64_t j,
-                         P part, V& x) const {
-    V d = (Core<S>::load_x(at, down + j, part) - Affine::load(&st.mean[j], part)) -
-          Affine::load(&st.rest[j], part);
-    x = d * Affine::load(&st.rstd[j], part);
+  template <class P>
+  NORMKIT_INLINE V point(const Pointers<S>& p, Act act, const Operands& o, bool per_row,
+                         int64_t row, int64_t at, P part, V& x) const {
+    V d = (Base::load_x(p, at, part) - o.mean) - o.rest;
+    x = d * o.rstd;
     V z = x;
-    if constexpr (Active)
-      z = g.affine_per_row
-              ? x * V(weight(row)) + V(bias(row))
-              : d * Affine::load(&st.scale[j], part) + Affine::load(&st.shift[j], part);
-    return Core<S>::template start<Active>(c, at, down + j, part, z);
+    if constexpr (K != kBare)
+      z = per_row ? x * V(weight(row)) + V(bias(row)) : d * o.scale + o.shift;
+    return Base::start(p, act, at, part, z);
   }
 
   // The means of g and g * x̂ over each pool, times rstd, a value a column.
@@ -989,35 +1050,37 @@ struct ColumnKernel : Core<S> {
   }
 
   // dx of a block; row_sums gets each row's sums of dz and dz * x̂ where the affine is a row's.
-  template <bool Active>
   void gradient(const Unit& u, Standard& st, Means& means, int64_t block, double* row_sums) const {
+    const Pointers<S> p = pointers;
+    const Act act = c.act;
+    const bool per_row = g.affine_per_row;
+    const int64_t columns = g.columns;
     rows_of(block, [&](auto many, int64_t r) {
-      Place<S> at(c, offset(u, r));
-      V dbias[many.index], dweight[many.index];
-      for (int i = 0; i < many.index; ++i) dbias[i] = dweight[i] = V(T(0));
+      const int64_t at = offset(u, r);
+      Sum<T> dbias[many.count], dweight[many.count];
       across<T>(u.width, [&](int64_t j, auto part) NORMKIT_LAMBDA {
-        V flat = Affine::load(&means.flat[j], part), steep = Affine::load(&means.steep[j], part);
-        for (int i = 0; i < many.index; ++i) {
-          int64_t down = i * g.columns;
-          V x, dz = point<Active>(at, st, r + i, down, j, part, x);
-          V g_rstd = g.affine_per_row ? dz * V(weight(r + i)) * Affine::load(&st.rstd[j], part)
-                                      : dz * Affine::load(&st.scale[j], part);
+        const Operands o(*this, st, j, part);
+        const V flat = Affine::load(&means.flat[j], part), steep = Affine::load(&means.steep[j], part);
+        for (int i = 0; i < many.count; ++i) {
+          const int64_t down = at + i * columns + j;
+          V x, dz = point(p, act, o, per_row, r + i, down, part, x);
+          V g_rstd = per_row ? dz * V(weight(r + i)) * o.rstd : dz * o.scale;
           if (row_sums) {
-            dbias[i] = dbias[i] + dz;
-            dweight[i] = dweight[i] + dz * x;
+            int slot = static_cast<int>(j / V::kLanes % kParts);
+            dbias[i].add(slot, dz);
+            dweight[i].add(slot, dz * x);
           }
-          this->write(at, down + j, part, (g_rstd - flat) - x * steep, dz);
+          Base::write(p, down, part, (g_rstd - flat) - x * steep, dz);
         }
       });
       if (row_sums)
-        for (int i = 0; i < many.index; ++i) {
-          row_sums[2 * (r + i)] = sum(dbias[i]);
-          row_sums[2 * (r + i) + 1] = sum(dweight[i]);
+        for (int i = 0; i < many.count; ++i) {
+          row_sums[2 * (r + i)] = dbias[i].total();
+          row_sums[2 * (r + i) + 1] = dweight[i].total();
         }
     });
   }
 
-  template <bool Active>
   void backward() const {
     int64_t units = g.outer * tiles, unit_size = max(1, g.rows * tile);
     bool wants = c.dweight != nullptr, summing = wants || !c.given;
@@ -1037,7 +1100,7 @@ struct ColumnKernel : Core<S> {
           double* minex = &dzx[u.outer * g.columns + u.begin];
           if (summing)
             for (int64_t b = 0; b < blocks; ++b) {
-              sums<Active>(u, st, b, s.get(), q.get());
+              sums(u, st, b, s.get(), q.get());
               for (int64_t j = 0; j < u.width; ++j) {
                 mine[j] += s[j];
                 minex[j] += q[j];
@@ -1046,7 +1109,7 @@ struct ColumnKernel : Core<S> {
           counts(u, n.get());
           Means means(*this, u, st, mine, minex, n.get());
           for (int64_t b = 0; b < blocks; ++b)
-            gradient<Active>(u, st, means, b, rows_sums_of(i));
+            gradient(u, st, means, b, rows_sums_of(i));
         }
       });
     } else {
@@ -1061,7 +1124,7 @@ struct ColumnKernel : Core<S> {
           Array<double> parts(2 * blocks * w);
           parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
             for (int64_t b = begin; b < end; ++b)
-              sums<Active>(u, st, b, &parts[2 * b * w], &parts[(2 * b + 1) * w]);
+              sums(u, st, b, &parts[2 * b * w], &parts[(2 * b + 1) * w]);
           });
           parallel_for(w, max(16, kGrain / blocks), [&](int64_t begin, int64_t end) {
             for (int64_t b = 0; b < blocks; ++b)
@@ -1076,7 +1139,7 @@ struct ColumnKernel : Core<S> {
         Means means(*this, u, st, mine, minex, n.get());
         parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
           for (int64_t b = end - 1; b >= begin; --b)
-            gradient<Active>(u, st, means, b, rows_sums_of(i));
+            gradient(u, st, means, b, rows_sums_of(i));
         });
       }
     }
@@ -1105,25 +1168,32 @@ struct ColumnKernel : Core<S> {
   }
 };
 
+// Calls f with the kind of the call as a constant.
+template <class F>
+void by_kind(const Call& c, F f) {
+  if (c.mask)
+    f(std::integral_constant<Kind, kMasked>());
+  else if (c.act != Act::none)
+    f(std::integral_constant<Kind, kActive>());
+  else
+    f(std::integral_constant<Kind, kBare>());
+}
+
 template <class S>
 void rows_forward(const Rows& g, const Call& c) {
-  RowKernel<S> kernel(g, c);
-  c.act == Act::none ? kernel.template forward<false>() : kernel.template forward<true>();
+  by_kind(c, [&](auto kind) { RowKernel<S, kind>(g, c).forward(); });
 }
 template <class S>
 void rows_backward(const Rows& g, const Call& c) {
-  RowKernel<S> kernel(g, c);
-  c.act == Act::none ? kernel.template backward<false>() : kernel.template backward<true>();
+  by_kind(c, [&](auto kind) { RowKernel<S, kind>(g, c).backward(); });
 }
 template <class S>
 void columns_forward(const Columns& g, const Call& c) {
-  ColumnKernel<S> kernel(g, c);
-  c.act == Act::none ? kernel.template forward<false>() : kernel.template forward<true>();
+  by_kind(c, [&](auto kind) { ColumnKernel<S, kind>(g, c).forward(); });
 }
 template <class S>
 void columns_backward(const Columns& g, const Call& c) {
-  ColumnKernel<S> kernel(g, c);
-  c.act == Act::none ? kernel.template backward<false>() : kernel.template backward<true>();
+  by_kind(c, [&](auto kind) { ColumnKernel<S, kind>(g, c).backward(); });
 }
 
 template <class S>

@@ -2,5 +2,6 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,f16c")
 #define NORMKIT_ISA avx2
+#define NORMKIT_BYTES 32
 #include "kernels.h"
 #endif

@@ -2,5 +2,6 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c")
 #define NORMKIT_ISA avx512
+#define NORMKIT_BYTES 64
 #include "kernels.h"
 #endif

@@ -1,5 +1,5 @@
-// Vectors of 64 bytes on every instruction set, so that results are bitwise the same on all of them:
-// one AVX-512 register, two of AVX2, four of 16 bytes elsewhere.
+// One register of an instruction set as a vector. Sums are kept as 64 bytes of lanes on all of them
+// (one register of AVX-512, two of AVX2, four of 16 bytes), so that they are bitwise the same.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 #include "call.h"
 
-#if defined(__AVX2__)
+#if NORMKIT_BYTES > 16
 #include <immintrin.h>
 #endif
 
@@ -19,72 +19,55 @@
 
 namespace normkit::NORMKIT_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kRegisterBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kRegisterBytes = 32;
-#else
-constexpr int kRegisterBytes = 16;
-#endif
-constexpr int kRegisters = 64 / kRegisterBytes;
+constexpr int kBytes = NORMKIT_BYTES;
+constexpr int kParts = 64 / kBytes;
+
+typedef float Floats __attribute__((vector_size(kBytes)));
+typedef double Doubles __attribute__((vector_size(kBytes)));
+typedef float FourFloats __attribute__((vector_size(16)));
+typedef double TwoDoubles __attribute__((vector_size(16)));
+template <class T>
+struct Registers {
+  using Type = Floats;
+  using Quarter = FourFloats;
+};
+template <>
+struct Registers<double> {
+  using Type = Doubles;
+  using Quarter = TwoDoubles;
+};
 
 template <class T>
 struct Vec {
-  static constexpr int kLanes = 64 / sizeof(T);
-  typedef T Register __attribute__((vector_size(kRegisterBytes)));
-  Register r[kRegisters];
+  static constexpr int kLanes = kBytes / sizeof(T);
+  using Register = typename Registers<T>::Type;
+  Register r;
 
   Vec() = default;
-  NORMKIT_INLINE Vec(T value) {
-    for (auto& q : r) q = value - Register{};
-  }
-  template <class F>
-  static NORMKIT_INLINE Vec map(F f) {
-    Vec v;
-    for (int i = 0; i < kRegisters; ++i) v.r[i] = f(i);
-    return v;
-  }
+  NORMKIT_INLINE Vec(Register r) : r(r) {}
+  NORMKIT_INLINE Vec(T value) : r(value - Register{}) {}
 };
 
 template <class T>
 NORMKIT_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) {
-  return Vec<T>::map([&](int i) { return a.r[i] + b.r[i]; });
+  return a.r + b.r;
 }
 template <class T>
 NORMKIT_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) {
-  return Vec<T>::map([&](int i) { return a.r[i] - b.r[i]; });
+  return a.r - b.r;
 }
 template <class T>
 NORMKIT_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) {
-  return Vec<T>::map([&](int i) { return a.r[i] * b.r[i]; });
+  return a.r * b.r;
 }
 template <class T>
 NORMKIT_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
-  return Vec<T>::map([&](int i) { return a.r[i] / b.r[i]; });
+  return a.r / b.r;
 }
 // a <= 0 ? b : c, lane by lane; NaN gives c.
 template <class T>
 NORMKIT_INLINE Vec<T> where_not_positive(Vec<T> a, Vec<T> b, Vec<T> c) {
-  return Vec<T>::map([&](int i) { return a.r[i] <= 0 ? b.r[i] : c.r[i]; });
-}
-template <class T>
-NORMKIT_INLINE Vec<T> clamp(Vec<T> a, T low, T high) {
-  return Vec<T>::map([&](int i) {
-    auto l = low - typename Vec<T>::Register{}, h = high - typename Vec<T>::Register{};
-    auto b = a.r[i] < l ? l : a.r[i];
-    return b > h ? h : b;
-  });
-}
-
-// The lanes summed as a tree: i with i + half.
-template <class T>
-NORMKIT_INLINE T sum(Vec<T> v) {
-  typedef T Half128 __attribute__((vector_size(16)));
-  Half128 q[4];
-  std::memcpy(q, &v, 64);
-  Half128 s = (q[0] + q[2]) + (q[1] + q[3]);
-  if constexpr (sizeof(T) == 4) return (s[0] + s[2]) + (s[1] + s[3]);
-  return s[0] + s[1];
+  return a.r <= 0 ? b.r : c.r;
 }
 
 // A whole vector, or its first n lanes: those beyond are read as zero and never written.
@@ -94,16 +77,61 @@ struct Part {
 };
 
 template <class T>
+struct Lanes {
+  T a[Vec<T>::kLanes];
+  NORMKIT_INLINE explicit Lanes(Vec<T> v) { std::memcpy(a, &v, kBytes); }
+  NORMKIT_INLINE Vec<T> vec() const {
+    Vec<T> v;
+    std::memcpy(&v, a, kBytes);
+    return v;
+  }
+  NORMKIT_INLINE T* begin() { return a; }
+  NORMKIT_INLINE T* end() { return a + Vec<T>::kLanes; }
+};
+
+// A sum over 64 bytes of lanes in each of four slots, added up as a tree: i with i + half.
+template <class T>
+struct Sum {
+  Vec<T> s[4 * kParts];
+
+  NORMKIT_INLINE Sum() {
+    for (auto& v : s) v = Vec<T>(T(0));
+  }
+  NORMKIT_INLINE void add(int slot, Vec<T> v) { s[slot] = s[slot] + v; }
+  NORMKIT_INLINE T total() const {
+    Vec<T> t[kParts];
+    for (int p = 0; p < kParts; ++p)
+      t[p] = (s[p] + s[kParts + p]) + (s[2 * kParts + p] + s[3 * kParts + p]);
+    typename Registers<T>::Quarter q[4];
+    std::memcpy(q, t, 64);
+    auto h = (q[0] + q[2]) + (q[1] + q[3]);
+    if constexpr (sizeof(T) == 4) return (h[0] + h[2]) + (h[1] + h[3]);
+    return h[0] + h[1];
+  }
+};
+
+template <class T>
 NORMKIT_INLINE Vec<T> keep(Vec<T> v, Whole) {
   return v;
 }
 template <class T>
 NORMKIT_APART Vec<T> keep(Vec<T> v, Part part) {
-  T a[Vec<T>::kLanes];
-  std::memcpy(a, &v, 64);
-  for (int i = 0; i < Vec<T>::kLanes; ++i) a[i] = i < part.n ? a[i] : T(0);
-  std::memcpy(&v, a, 64);
-  return v;
+  Lanes<T> lanes(v);
+  for (int i = part.n; i < Vec<T>::kLanes; ++i) lanes.a[i] = 0;
+  return lanes.vec();
+}
+
+// v where the mask's bytes are not zero, 0 elsewhere.
+template <class T>
+NORMKIT_APART Vec<T> select(const uint8_t* mask, Vec<T> v, Part part) {
+  Lanes<T> lanes(v);
+  for (int i = 0; i < Vec<T>::kLanes; ++i)
+    lanes.a[i] = i < part.n && mask[i] ? lanes.a[i] : T(0);
+  return lanes.vec();
+}
+template <class T>
+NORMKIT_INLINE Vec<T> select(const uint8_t* mask, Vec<T> v, Whole) {
+  return select(mask, v, Part{Vec<T>::kLanes});
 }
 
 template <class T>
@@ -111,88 +139,119 @@ struct Plain {
   using V = Vec<T>;
   static NORMKIT_INLINE V load(const T* p, Whole) {
     V v;
-    std::memcpy(&v, p, 64);
+    std::memcpy(&v, p, kBytes);
     return v;
   }
-  static NORMKIT_INLINE void store(T* p, V v, Whole) { std::memcpy(p, &v, 64); }
+  static NORMKIT_INLINE void store(T* p, V v, Whole) { std::memcpy(p, &v, kBytes); }
   static NORMKIT_APART V load(const T* p, Part part) {
-    T a[V::kLanes] = {};
-    for (int i = 0; i < part.n; ++i) a[i] = p[i];
-    return load(a, Whole());
+    Lanes<T> lanes{V(T(0))};
+    for (int i = 0; i < part.n; ++i) lanes.a[i] = p[i];
+    return lanes.vec();
   }
   static NORMKIT_APART void store(T* p, V v, Part part) {
-    T a[V::kLanes];
-    std::memcpy(a, &v, 64);
-    for (int i = 0; i < part.n; ++i) p[i] = a[i];
+    Lanes<T> lanes(v);
+    for (int i = 0; i < part.n; ++i) p[i] = lanes.a[i];
   }
 };
 
 template <class S>
 struct Memory : Plain<S> {};
 
-#if defined(__AVX512F__)
-NORMKIT_INLINE __mmask16 lanes_of(Part part) {
-  return static_cast<__mmask16>((1u << part.n) - 1);
-}
+#if NORMKIT_BYTES == 64
+NORMKIT_INLINE __mmask16 first(Part part) { return static_cast<__mmask16>((1u << part.n) - 1); }
 NORMKIT_INLINE Vec<float> keep(Vec<float> v, Part part) {
-  v.r[0] = _mm512_maskz_mov_ps(lanes_of(part), v.r[0]);
-  return v;
+  return _mm512_maskz_mov_ps(first(part), v.r);
 }
 template <>
 struct Memory<float> : Plain<float> {
   using Plain<float>::load;
   using Plain<float>::store;
   static NORMKIT_INLINE V load(const float* p, Part part) {
-    V v;
-    v.r[0] = _mm512_maskz_loadu_ps(lanes_of(part), p);
-    return v;
+    return V(_mm512_maskz_loadu_ps(first(part), p));
   }
   static NORMKIT_INLINE void store(float* p, V v, Part part) {
-    _mm512_mask_storeu_ps(p, lanes_of(part), v.r[0]);
+    _mm512_mask_storeu_ps(p, first(part), v.r);
+  }
+};
+#elif NORMKIT_BYTES == 32
+NORMKIT_INLINE __m256i first(Part part) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(part.n), lanes);
+}
+NORMKIT_INLINE Vec<float> keep(Vec<float> v, Part part) {
+  return _mm256_and_ps(v.r, _mm256_castsi256_ps(first(part)));
+}
+template <>
+struct Memory<float> : Plain<float> {
+  using Plain<float>::load;
+  using Plain<float>::store;
+  static NORMKIT_INLINE V load(const float* p, Part part) {
+    return V(_mm256_maskload_ps(p, first(part)));
+  }
+  static NORMKIT_INLINE void store(float* p, V v, Part part) {
+    _mm256_maskstore_ps(p, first(part), v.r);
   }
 };
 #endif
 
-typedef uint16_t U16 __attribute__((vector_size(32)));
-typedef uint32_t U32 __attribute__((vector_size(64)));
-
-// Sixteen values of two bytes each, widened and rounded by F.
+// Values of two bytes each, widened and rounded by F.
 template <class S, class F>
 struct Narrow {
   using V = Vec<float>;
   static NORMKIT_INLINE V load(const S* p, Whole) { return F::widen(p); }
   static NORMKIT_INLINE void store(S* p, V v, Whole) { F::round(p, v); }
   static NORMKIT_APART V load(const S* p, Part part) {
-    S a[16] = {};
+    S a[V::kLanes] = {};
     for (int i = 0; i < part.n; ++i) a[i] = p[i];
     return F::widen(a);
   }
   static NORMKIT_APART void store(S* p, V v, Part part) {
-    S a[16];
+    S a[V::kLanes];
     F::round(a, v);
     for (int i = 0; i < part.n; ++i) p[i] = a[i];
   }
 };
 
 struct BFloat16Lanes {
+  typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));
+  typedef uint32_t U32 __attribute__((vector_size(kBytes)));
   static NORMKIT_INLINE Vec<float> widen(const BFloat16* p) {
     U16 half;
-    std::memcpy(&half, p, 32);
+    std::memcpy(&half, p, kBytes / 2);
     U32 bits = __builtin_convertvector(half, U32) << 16;
     Vec<float> v;
-    std::memcpy(&v, &bits, 64);
+    std::memcpy(&v, &bits, kBytes);
     return v;
   }
   static NORMKIT_INLINE void round(BFloat16* p, Vec<float> v) {
     U32 bits;
-    std::memcpy(&bits, &v, 64);
+    std::memcpy(&bits, &v, kBytes);
     U32 nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     nearest = (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : nearest;
     U16 half = __builtin_convertvector(nearest, U16);
-    std::memcpy(p, &half, 32);
+    std::memcpy(p, &half, kBytes / 2);
   }
 };
 
+#if NORMKIT_BYTES == 64
+struct HalfLanes {
+  static NORMKIT_INLINE Vec<float> widen(const Half* p) {
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static NORMKIT_INLINE void round(Half* p, Vec<float> v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v.r, 0));
+  }
+};
+#elif NORMKIT_BYTES == 32
+struct HalfLanes {
+  static NORMKIT_INLINE Vec<float> widen(const Half* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static NORMKIT_INLINE void round(Half* p, Vec<float> v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.r, 0));
+  }
+};
+#else
 NORMKIT_INLINE float widen_half(uint16_t half) {
   uint32_t magnitude = (half & 0x7fffu) << 13, sign = (half & 0x8000u) << 16;
   float value;
@@ -212,118 +271,78 @@ NORMKIT_INLINE uint16_t round_to_half(float value) {
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
   if (magnitude < 0x38800000u) {
-    float small, magic = 0.5f;
+    // Adding 0.5 lines a subnormal half up with the last bits of the sum, rounded to even.
+    float small;
     std::memcpy(&small, &magnitude, 4);
-    small += magic;
+    small += 0.5f;
     std::memcpy(&magnitude, &small, 4);
     return static_cast<uint16_t>(sign | (magnitude - 0x3f000000u));
   }
   magnitude += 0xc8000fffu + ((magnitude >> 13) & 1u);
   return static_cast<uint16_t>(sign | (magnitude >> 13));
 }
-
-#if defined(__AVX2__)
-#define NORMKIT_HALF NORMKIT_INLINE
-#else
-#define NORMKIT_HALF NORMKIT_APART
-#endif
 struct HalfLanes {
-  static NORMKIT_HALF Vec<float> widen(const Half* p) {
-    Vec<float> v;
-#if defined(__AVX512F__)
-    v.r[0] = _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
-    for (int i = 0; i < 2; ++i)
-      v.r[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
-#else
-    float a[16];
-    for (int i = 0; i < 16; ++i) a[i] = widen_half(p[i].bits);
-    std::memcpy(&v, a, 64);
-#endif
-    return v;
+  static NORMKIT_APART Vec<float> widen(const Half* p) {
+    Lanes<float> lanes{Vec<float>(0.0f)};
+    for (float& v : lanes) v = widen_half((p++)->bits);
+    return lanes.vec();
   }
-  static NORMKIT_HALF void round(Half* p, Vec<float> v) {
-#if defined(__AVX512F__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v.r[0], 0));
-#elif defined(__AVX2__)
-    for (int i = 0; i < 2; ++i)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i, _mm256_cvtps_ph(v.r[i], 0));
-#else
-    float a[16];
-    std::memcpy(a, &v, 64);
-    for (int i = 0; i < 16; ++i) p[i].bits = round_to_half(a[i]);
-#endif
+  static NORMKIT_APART void round(Half* p, Vec<float> v) {
+    Lanes<float> lanes(v);
+    for (float x : lanes) (p++)->bits = round_to_half(x);
   }
 };
+#endif
 
 template <>
 struct Memory<BFloat16> : Narrow<BFloat16, BFloat16Lanes> {};
 template <>
 struct Memory<Half> : Narrow<Half, HalfLanes> {};
 
-// v where the mask's bytes are not zero, 0 elsewhere.
-template <class T>
-NORMKIT_APART Vec<T> select(const uint8_t* mask, Vec<T> v, Part part) {
-  T a[Vec<T>::kLanes];
-  std::memcpy(a, &v, 64);
-  for (int i = 0; i < Vec<T>::kLanes; ++i) a[i] = i < part.n && mask[i] ? a[i] : T(0);
-  std::memcpy(&v, a, 64);
-  return v;
-}
-template <class T>
-NORMKIT_INLINE Vec<T> select(const uint8_t* mask, Vec<T> v, Whole) {
-  return select(mask, v, Part{Vec<T>::kLanes});
+NORMKIT_INLINE Vec<double> exp(Vec<double> x) {
+  Lanes<double> lanes(x);
+  for (double& v : lanes) v = std::exp(v);
+  return lanes.vec();
 }
 
-template <class T>
-NORMKIT_APART Vec<T> exp(Vec<T> x) {
-  T a[Vec<T>::kLanes];
-  if constexpr (sizeof(T) == 8) {
-    std::memcpy(a, &x, 64);
-    for (auto& v : a) v = std::exp(v);
-    std::memcpy(&x, a, 64);
-    return x;
-  } else {
-    // 2^k * e^r with |r| <= ln(2) / 2, the Taylor polynomial of degree 7 for e^r.
-    Vec<float> y = clamp(x, -87.0f, 88.0f);
-    Vec<float> k = y * Vec<float>(1.44269504f);
-    const Vec<float> magic(12582912.0f);
-    k = (k + magic) - magic;
-    Vec<float> r = (y - k * Vec<float>(0.693359375f)) - k * Vec<float>(-2.12194440e-4f);
-    Vec<float> p(1.0f / 5040);
-    constexpr float taylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    for (float c : taylor) p = p * r + Vec<float>(c);
-    typedef int32_t I32 __attribute__((vector_size(kRegisterBytes)));
-    return Vec<float>::map([&](int i) {
-      I32 bits = (__builtin_convertvector(k.r[i], I32) + 127) << 23;
-      typename Vec<float>::Register scale;
-      std::memcpy(&scale, &bits, kRegisterBytes);
-      auto e = p.r[i] * scale;
-      return x.r[i] != x.r[i] ? x.r[i] : e;
-    });
-  }
+// 2^k * e^r with |r| <= ln(2) / 2, the Taylor polynomial of degree 7 for e^r.
+NORMKIT_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  typedef int32_t I32 __attribute__((vector_size(kBytes)));
+  V y = x.r < -87.0f ? V(-87.0f).r : x.r;
+  y = y.r > 88.0f ? V(88.0f).r : y.r;
+  const V magic(12582912.0f);
+  V k = (y * V(1.44269504f) + magic) - magic;
+  V r = (y - k * V(0.693359375f)) - k * V(-2.12194440e-4f);
+  V p(1.0f / 5040);
+  constexpr float taylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (float c : taylor) p = p * r + V(c);
+  I32 bits = (__builtin_convertvector(k.r, I32) + 127) << 23;
+  V scale;
+  std::memcpy(&scale, &bits, kBytes);
+  return x.r != x.r ? x.r : (p * scale).r;
 }
 
-// The normal distribution's cdf and density at z, up to the density's constant.
-template <class T>
-NORMKIT_APART void normal(Vec<T> z, Vec<T>& cdf, Vec<T>& bell) {
-  bell = exp(z * z * Vec<T>(T(-0.5)));
-  if constexpr (sizeof(T) == 8) {
-    T a[Vec<T>::kLanes];
-    std::memcpy(a, &z, 64);
-    for (auto& v : a) v = 0.5 * std::erfc(-v * 0.70710678118654752440);
-    std::memcpy(&cdf, a, 64);
-  } else {
-    // The tail beyond |z| is bell * erfcx(|z| / sqrt 2) / 2, that factor a polynomial in t.
-    Vec<float> u = where_not_positive(z, Vec<float>(0.0f) - z, z) * Vec<float>(0.707106781f);
-    Vec<float> t = Vec<float>(1.0f) / (Vec<float>(1.0f) + Vec<float>(0.5f) * u);
-    Vec<float> p(-0.02944479f);
-    constexpr float minimax[] = {0.141848f,   -0.24268548f, 0.13798155f, -0.01258348f,
-                                 0.10103258f, 0.12163111f,  0.14117666f, 0.14104384f};
-    for (float c : minimax) p = p * t + Vec<float>(c);
-    Vec<float> tail = p * t * bell;
-    cdf = where_not_positive(z, tail, Vec<float>(1.0f) - tail);
-  }
+// The normal distribution's cdf at z, and its density up to a constant.
+NORMKIT_INLINE void normal(Vec<double> z, Vec<double>& cdf, Vec<double>& bell) {
+  bell = exp(z * z * Vec<double>(-0.5));
+  Lanes<double> lanes(z);
+  for (double& v : lanes) v = 0.5 * std::erfc(-v * 0.70710678118654752440);
+  cdf = lanes.vec();
+}
+
+// The tail beyond |z| is bell * erfcx(|z| / sqrt 2) / 2, that factor a minimax polynomial in t.
+NORMKIT_INLINE void normal(Vec<float> z, Vec<float>& cdf, Vec<float>& bell) {
+  using V = Vec<float>;
+  bell = exp(z * z * V(-0.5f));
+  V u = where_not_positive(z, V(0.0f) - z, z) * V(0.707106781f);
+  V t = V(1.0f) / (V(1.0f) + V(0.5f) * u);
+  V p(-0.02944479f);
+  constexpr float minimax[] = {0.141848f,   -0.24268548f, 0.13798155f, -0.01258348f,
+                               0.10103258f, 0.12163111f,  0.14117666f, 0.14104384f};
+  for (float c : minimax) p = p * t + V(c);
+  V tail = p * t * bell;
+  cdf = where_not_positive(z, tail, V(1.0f) - tail);
 }
 
 }  // namespace normkit::NORMKIT_ISA
