@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import normkit
 from normkit import recompute
 
 
@@ -197,8 +198,9 @@ def test_a_checkpoint_inside_a_compiled_graph_is_refused_not_wrong():
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_a_compiled_graph_inside_a_checkpoint_is_refused_not_wrong(reentrant):
     torch._dynamo.reset()
-    x, weight, buffer = torch.ones(3), torch.ones(3, requires_grad=True), torch.zeros(3)
-    inner = torch.compile(multiplied, fullgraph=True, backend="aot_eager")
-    y = checkpoint(inner, x, weight, buffer, use_reentrant=reentrant)
+    layer = normkit.BatchRenorm(3, r_steps=(0, 0), d_steps=(0, 0))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, requires_grad=True)
+    y = checkpoint(compiled, x, use_reentrant=reentrant)
     with pytest.raises(Exception, match=r"would read state that has moved.* out of the checkpoint"):
-        y.sum().backward()
+        y.square().sum().backward()
