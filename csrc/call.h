@@ -14,11 +14,11 @@ struct Half {
 
 enum class Act : int64_t { none, relu, leaky_relu, silu, gelu };
 
-// Pools that lie along memory: `segments` runs of `length` elements each. The affine is a scalar of
-// each segment, at (pool % period) * pool_step + segment * segment_step, or from there on a vector
-// along the run.
+// Pools that lie along memory: `segments` runs of `length` elements each, `jump` further on after
+// each `period` pools. The affine is a scalar of each segment, at (pool % period) * pool_step +
+// segment * segment_step, or from there on a vector along the run.
 struct Rows {
-  int64_t pools, segments, length, pool_stride, segment_stride;
+  int64_t pools, segments, length, pool_stride, segment_stride, jump;
   int64_t period, pool_step, segment_step;
   bool vector_affine;
 };

@@ -315,7 +315,8 @@ struct RowKernel : Core<S, K> {
         affine(g.segment_step ? 1 : g.segments, g.length) {}
 
   int64_t offset(int64_t pool, int64_t segment) const {
-    return pool * g.pool_stride + segment * g.segment_stride;
+    int64_t jumped = g.jump ? pool / g.period * g.jump : 0;
+    return pool * g.pool_stride + jumped + segment * g.segment_stride;
   }
   int64_t entry(int64_t pool, int64_t segment) const {
     return (g.period == 1 ? 0 : pool % g.period) * g.pool_step + segment * g.segment_step;

@@ -209,10 +209,10 @@ Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed
   int64_t dim = x.dim();
   auto rows = [&](int64_t pools, int64_t segments, int64_t length, int64_t pool_stride,
                   int64_t segment_stride, int64_t period, int64_t pool_step, int64_t segment_step,
-                  bool vector) {
+                  bool vector, int64_t jump = 0) {
     g.by_rows = true;
-    g.rows = {pools,  segments,  length,       pool_stride, segment_stride,
-              period, pool_step, segment_step, vector};
+    g.rows = {pools, segments, length,    pool_stride,  segment_stride,
+              jump,  period,   pool_step, segment_step, vector};
   };
   auto columns = [&](int64_t outer, int64_t rows, int64_t columns, int64_t group, int64_t repeat,
                      bool per_row) {
@@ -240,15 +240,22 @@ Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed
   bool last = layout == Layout::channels_last || s == 1;
   g.entries = channels;
   switch (summed) {
-    case kNS:
+    case kNS: {
+      // `groups` of batch norm is the number of ghost batches, 0 for one batch without that axis.
+      int64_t ghosts = groups > 0 ? groups : 1, each = n / ghosts;
+      STD_TORCH_CHECK(groups >= 0 && n % ghosts == 0, op, ": groups must be a number of equal ",
+                      "parts of the ", n, " samples, got ", groups);
       g.statistics = {channels};
+      if (groups > 0) g.statistics.insert(g.statistics.begin(), ghosts);
       if (last)
-        columns(1, n * s, channels, 1, 1, false);
-      else if (s < kShortRun)
-        columns(1, n, channels * s, s, s, false);
+        columns(ghosts, each * s, channels, 1, 1, false);
+      else if (s > 0 && s < kShortRun)
+        columns(ghosts, each, channels * s, s, s, false);
       else
-        rows(channels, n, s, s, channels * s, channels, 1, 0, false);
+        rows(ghosts * channels, each, s, s, channels * s, channels, 1, 0, false,
+             (each - 1) * channels * s);
       break;
+    }
     case kS:
       g.statistics = {n, channels};
       if (last && s > 1)

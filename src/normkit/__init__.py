@@ -7,6 +7,9 @@ from .layers import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    BatchRenorm,
+    FrozenBatchNorm,
+    GhostBatchNorm,
     GroupNorm,
     InstanceNorm1d,
     InstanceNorm2d,
@@ -14,6 +17,7 @@ from .layers import (
     LayerNorm,
     RMSNorm,
 )
+from .state import functional_call
 
 __version__ = "0.1.0"
 
@@ -22,6 +26,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm",
+    "FrozenBatchNorm",
+    "GhostBatchNorm",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
@@ -31,5 +38,6 @@ __all__ = [
     "backends",
     "explain",
     "functional",
+    "functional_call",
     "info",
 ]

@@ -81,8 +81,8 @@ def _backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tens
     else:
         dy = _laid_out_like(dy, inputs.x)
         gradients = backend.choose(spec, inputs).normalize_backward(spec, inputs, dy, dtotal)
-    dx, dweight, dbias, dresidual = gradients
-    dresidual = dresidual if ctx.has_residual else None
+    dx, dweight, dbias, dz = gradients
+    dresidual = dz if ctx.has_residual else None
     dadd = dx if len(others) > 3 else None
     return (None, dx, dweight, dbias, dresidual, None, dadd, None, None, None, None)
 
@@ -97,7 +97,7 @@ class _Normalize(torch.autograd.Function):
         _save(ctx, spec, inputs, outputs)
         return outputs
 
-    backward = staticmethod(_backward)  # type: ignore[assignment]
+    backward = staticmethod(_backward)
 
 
 class _TransformedNormalize(torch.autograd.Function):
@@ -114,7 +114,7 @@ class _TransformedNormalize(torch.autograd.Function):
         _save(ctx, spec, Inputs(*tensors), output)
         ctx.save_for_forward(*tensors)
 
-    backward = staticmethod(_backward)  # type: ignore[assignment]
+    backward = staticmethod(_backward)
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -40,6 +40,8 @@ def instructions() -> str:
 def why_not(spec: Spec, inputs: Inputs) -> str | None:
     """Why this backend can't take this call, or None."""
     x, weight, bias = inputs.x, inputs.weight, inputs.bias
+    if spec.conditional:
+        return "weight or bias is given per sample"
     if x.device.type != "cpu":
         return f"x is on {x.device}"
     if x.dtype not in DTYPES:
@@ -97,7 +99,8 @@ def normalize_backward(
 def _constants(spec: Spec) -> tuple[int, int, int, float, bool, int]:
     pool = spec.pool
     act = _ACTS[spec.act]
-    return _SUMMED[pool.summed], pool.groups or 0, pool.trailing, spec.eps, spec.center, act
+    groups = pool.ghosts if pool.summed == "ns" else pool.groups
+    return _SUMMED[pool.summed], groups or 0, pool.trailing, spec.eps, spec.center, act
 
 
 def _dense(spec: Spec, x: Tensor) -> Tensor:
@@ -127,7 +130,8 @@ def _register_shapes() -> None:
         if trailing:
             return tuple(x.shape[: x.dim() - trailing])
         n, c = x.shape[:2]
-        return ((c,), (n, c), (n, groups), (n, *x.shape[2:]))[summed]
+        of_batch = (groups, c) if groups else (c,)
+        return (of_batch, (n, c), (n, groups), (n, *x.shape[2:]))[summed]
 
     def forward(x: Tensor, summed: int, groups: int, trailing: int) -> tuple[Tensor, ...]:
         shape, dtype = statistics(x, summed, groups, trailing), compute_dtype(x.dtype)

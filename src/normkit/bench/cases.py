@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import normkit
 
-IMAGES = (
+IMAGES: tuple[tuple[int, ...], ...] = (
     (32, 64, 56, 56),
     (32, 256, 28, 28),
     (64, 512, 7, 7),
@@ -20,7 +20,13 @@ IMAGES = (
     (128, 16, 28, 28),
     (8, 32, 16, 48, 48),
 )
-ROWS = ((60, 100), (4096, 100), (4096, 768), (8192, 1024), (2048, 4096))
+ROWS: tuple[tuple[int, ...], ...] = (
+    (60, 100),
+    (4096, 100),
+    (4096, 768),
+    (8192, 1024),
+    (2048, 4096),
+)
 MODES = ("evaluation", "training", "forward+backward")
 
 
