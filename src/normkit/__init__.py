@@ -1,19 +1,23 @@
 """Normalization layers, kernels, studies and tools for PyTorch."""
 
-from . import functional
+from . import functional, parametrizations
+from .beside import DyT, FilterResponseNorm, GlobalResponseNorm
 from .dispatch import backends, explain, info
+from .factory import create
 from .layers import (
     BatchNorm,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
     GroupNorm,
+    InstanceNorm,
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
     RMSNorm,
 )
+from .standardize import Standardize
 
 __version__ = "0.1.0"
 
@@ -22,14 +26,21 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "DyT",
+    "FilterResponseNorm",
+    "GlobalResponseNorm",
     "GroupNorm",
+    "InstanceNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
     "RMSNorm",
+    "Standardize",
     "backends",
+    "create",
     "explain",
     "functional",
     "info",
+    "parametrizations",
 ]

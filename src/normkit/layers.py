@@ -130,7 +130,7 @@ class BatchNorm(_BatchLayer):
 
 
 class _InstanceLayer(_Norm, _InstanceNorm):
-    unbatched_rank: int
+    unbatched_rank: int | None = None
 
     def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -141,6 +141,7 @@ class _InstanceLayer(_Norm, _InstanceNorm):
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """y of input (N, C, *) or (C, *); `residual` is added before `act`."""
+        unbatched = self.unbatched_rank
         return self._call(
             functional.instance_norm,
             input,
@@ -154,7 +155,7 @@ class _InstanceLayer(_Norm, _InstanceNorm):
             mask=mask,
             residual=residual,
             act=self.act,
-            ranks=(self.unbatched_rank, self.unbatched_rank + 1),
+            ranks=None if unbatched is None else (unbatched, unbatched + 1),
             num_features=self.num_features,
         )
 
@@ -188,6 +189,13 @@ class InstanceNorm3d(_InstanceLayer, nn.InstanceNorm3d):
     """Drop-in for `torch.nn.InstanceNorm3d`, for 5-d or 4-d input; as `InstanceNorm1d`."""
 
     unbatched_rank = 4
+
+
+class InstanceNorm(_InstanceLayer):
+    """Instance normalization of any (N, C, *) with at least one position axis; as `InstanceNorm1d`.
+
+    There is no unbatched form, which couldn't be told from a batched one.
+    """
 
 
 class GroupNorm(_Norm, nn.GroupNorm):
