@@ -1,0 +1,169 @@
+"""Write docs/norms.md, the table of every norm, from the code: `python docs/norms.py`.
+
+What a layer pools, where its statistics come from and which backends take it is read off the calls
+that it makes; its affine, epilogue and extras off its constructor and its forward.
+"""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import normkit
+from normkit import backend, parametrizations
+from normkit.factory import arguments
+from normkit.spec import Inputs, Spec
+
+PAGE = Path(__file__).parent / "norms.md"
+
+FORMULA = {
+    "BatchNorm1d(C)": "",
+    "BatchNorm2d(C)": "",
+    "BatchNorm3d(C)": "",
+    "BatchNorm(C)": "batch",
+    "InstanceNorm1d(C)": "",
+    "InstanceNorm2d(C)": "",
+    "InstanceNorm3d(C)": "",
+    "InstanceNorm(C)": "instance",
+    "InstanceNorm(C, track_running_stats=True)": "",
+    "GroupNorm(G, C)": "group:G",
+    "LayerNorm(C)": "",
+    "LayerNorm(C, channels_first=True)": "layer",
+    "RMSNorm(C)": "",
+    "RMSNorm(C, channels_first=True)": "rms",
+}
+"""How a case of the formula is made -> its name in `normkit.create`, if it has one."""
+
+BESIDE = {
+    "DyT(C, channels_first=True)": "dyt",
+    "FilterResponseNorm(C)": "frn",
+    "GlobalResponseNorm(C)": "grn",
+    "Standardize(C)": "",
+}
+
+WEIGHTS = (
+    parametrizations.weight_norm,
+    parametrizations.spectral_norm,
+    parametrizations.weight_standardization,
+)
+
+POOLS = {
+    "ns": "batch, positions",
+    "s": "positions",
+    "ks": "channels of a group, positions",
+    "k": "channels",
+}
+
+EPILOGUE = ("act", "residual", "add")
+
+TEXT = """\
+# Every norm
+
+Written by `python docs/norms.py` from the code. C are channels, G groups.
+
+## Cases of the formula
+
+    y = act((x - mean) * rstd * weight + bias [+ residual])
+
+*Pool*: the elements that share a mean and a variance. *Source*: the batch's own statistics or the
+running averages. *Extras*: what the call takes besides.
+
+{formula}
+
+`create` makes these for the channels of (N, C, \\*). The layers named as torch's take torch's
+constructor.
+
+## Beside the formula
+
+{beside}
+
+## Reparametrized weights
+
+{weights}
+"""
+
+HEAD = ("norm", "`create`", "pool", "source in training", "source in evaluation")
+HEAD += ("affine", "epilogue", "backends", "extras")
+
+
+def make(text: str, **more: Any) -> nn.Module:
+    """The layer of a row, with 8 channels in 2 groups."""
+    return eval(f"{text[:-1]}, **more)", vars(normkit) | {"C": 8, "G": 2, "more": more})
+
+
+def call(layer: nn.Module) -> tuple[Spec, Inputs]:
+    """What the layer hands to a backend, for an input of the first rank that it takes."""
+    for rank in (3, 4, 5):
+        with torch.no_grad(), backend.watch() as calls:
+            try:
+                layer(torch.randn((8,) * rank))
+            except ValueError:
+                continue
+        return calls[-1]
+    raise AssertionError(f"{layer} takes no input of three to five axes")
+
+
+def formula_row(text: str) -> list[str]:
+    """The cells of a case of the formula."""
+    layer = make(text)
+    constructor = arguments(type(layer))
+    forward = list(inspect.signature(type(layer).forward).parameters)[2:]
+    (training, inputs), (evaluation, _) = call(layer.train()), call(layer.eval())
+    pool = "last axes" if training.pool.trailing else POOLS[training.pool.summed]
+    return [
+        f"`{text}`",
+        code([FORMULA[text]] if FORMULA[text] else []),
+        pool if training.center else f"{pool}; no mean",
+        "running" if training.given else "batch",
+        "running" if evaluation.given else "batch",
+        affine(text),
+        code([name for name in EPILOGUE if name in (*constructor, *forward)]),
+        ", ".join(n for n, b in backend.BACKENDS.items() if b.why_not(training, inputs) is None),
+        code([name for name in forward if name not in EPILOGUE]),
+    ]
+
+
+def affine(text: str) -> str:
+    """The names of the parameters, and whether they must be asked for."""
+    options = {"affine", "elementwise_affine"} & set(arguments(type(make(text))))
+    names = [name for name, _ in make(text, **dict.fromkeys(options, True)).named_parameters()]
+    return code(names) if list(make(text).parameters()) else f"off; {code(names)}"
+
+
+def code(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def summary(thing: object) -> str:
+    """The first sentence of a docstring."""
+    return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def page() -> str:
+    """The whole page."""
+    beside = [
+        (f"`{text}`", code([name] if name else []), summary(type(make(text))), parameters(text))
+        for text, name in BESIDE.items()
+    ]
+    weights = [(f"`{f.__name__}(layer)`", summary(f)) for f in WEIGHTS]
+    return TEXT.format(
+        formula=table(HEAD, map(formula_row, FORMULA)),
+        beside=table(("layer", "`create`", "what it is", "parameters and buffers"), beside),
+        weights=table(("in `normkit.parametrizations`", "what it is"), weights),
+    )
+
+
+def parameters(text: str) -> str:
+    return code(list(make(text).state_dict()))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")
