@@ -157,6 +157,9 @@ def test_a_single_position_needs_a_learned_eps():
     x = torch.randn(3, 4)
     layer = normkit.FilterResponseNorm(4, eps=0.01, learn_eps=True, tlu=False)
     torch.testing.assert_close(layer(x), x / (x * x + 0.01).sqrt())
+    with torch.no_grad():
+        layer.eps.neg_()
+    torch.testing.assert_close(layer(x), x / (x * x + 0.01).sqrt())
     with pytest.raises(ValueError, match=r"1 position.*\(3, 4\).*learn_eps=True"):
         normkit.FilterResponseNorm(4)(x)
 

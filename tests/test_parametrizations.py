@@ -122,13 +122,15 @@ def test_spectral_norm_trains_as_torchs_older_one_does():
     torch.testing.assert_close(ours.parametrizations.weight[0]._u, theirs.weight_u)
 
 
-def test_two_forwards_before_a_backward():
-    layer = P.spectral_norm(nn.Linear(5, 4))
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_two_forwards_before_a_backward(evaluating):
+    layer = P.spectral_norm(nn.Linear(5, 4)).train(not evaluating)
     entry, w = layer.parametrizations.weight[0], layer.parametrizations.weight.original
     inputs, outputs, vectors = torch.randn(2, 3, 5), [], []
     for x in inputs:
         outputs.append(layer(x).square().sum())
         vectors.append((entry._u.clone(), entry._v.clone()))
+        layer.train()
     assert not torch.equal(vectors[0][0], vectors[1][0])
     (outputs[0] - outputs[1]).backward()
     got, w.grad = w.grad, None

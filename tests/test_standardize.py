@@ -102,14 +102,17 @@ def test_nan_is_left_out_when_asked_and_stays_nan():
         Standardize(3).fit(spoiled)
 
 
-def test_a_constant_feature_is_shifted_and_said():
-    x = torch.stack([torch.randn(30), torch.full((30,), 0.1)], 1).double()
-    layer = Standardize(2)
-    with pytest.warns(UserWarning, match=r"Standardize\(2.*not scaled: feature 1$"):
+def test_constant_features_are_shifted_and_said():
+    constants = torch.rand(20, dtype=torch.float64) * 1e3
+    x = torch.cat([torch.randn(30, 1), constants.expand(30, 20)], 1)
+    layer = Standardize(21)
+    with pytest.warns(
+        UserWarning, match=r"Standardize\(21.*not scaled: feature 1, 2, 3, 4, 5 and 15"
+    ):
         layer.fit(x.split(7))
-    assert torch.equal(layer(x)[:, 1], torch.zeros(30, dtype=torch.float64))
-    assert torch.equal(layer.inverse(layer(x))[:, 1], x[:, 1])
-    assert layer(torch.tensor([[0.0, 2.1]]).double())[0, 1] == pytest.approx(2.0)
+    assert torch.equal(layer(x)[:, 1:], torch.zeros(30, 20, dtype=torch.float64))
+    assert torch.equal(layer.inverse(layer(x))[:, 1:], x[:, 1:])
+    torch.testing.assert_close(layer(x + 2)[:, 1:], torch.full_like(x[:, 1:], 2))
 
 
 @pytest.mark.parametrize(
