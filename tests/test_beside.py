@@ -129,6 +129,9 @@ def test_layout_copies_fx_and_evaluation(name):
     assert [n.op for n in traced.graph.nodes].count("call_function") == 1
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), traced, layer.eval()):
         assert torch.equal(other(x), y)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), y)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), y)
     assert "torch's operators" in normkit.explain(layer, x)
 
 

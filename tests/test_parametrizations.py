@@ -361,6 +361,18 @@ def test_half_types(kind, dtype):
     torch.testing.assert_close(low.weight.float(), layer.weight, atol=0.03, rtol=0.03)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_and_export(kind):
+    layer = KINDS[kind](nn.Linear(16, 8)).eval()
+    x = torch.randn(3, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        weight = layer.weight
+        assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(weight, layer.weight, rtol=1e-6, atol=1e-7)
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_layers_are_named(kind):

@@ -176,6 +176,7 @@ def test_dtypes_and_fx():
     torch.testing.assert_close(layer.inverse(layer(pixels)), pixels.float())
     assert layer(pixels.half()).dtype == torch.float16
     assert torch.equal(torch.fx.symbolic_trace(layer)(pixels), layer(pixels))
+    assert torch.equal(torch.export.export(layer, (pixels,)).module()(pixels), layer(pixels))
     with pytest.raises(TypeError, match="complex64"):
         layer(pixels.to(torch.complex64))
     with pytest.raises(ValueError, match="at least one axis"):

@@ -234,23 +234,24 @@ class _SpectralNorm(_Reparametrization):
     def __init__(self, weight: Tensor, transposed: bool) -> None:
         super().__init__()
         self.transposed = transposed
-        matrix = self._matrix(weight.detach())
-        u = F.normalize(torch.randn_like(matrix[:, 0]), dim=0)
-        v = matrix[0]
+        matrix = self._matrix(wide(weight.detach()))
+        u = torch.randn_like(matrix[:, 0])
         for _ in range(15):
             u, v = _power_iteration(matrix, u)
-        self.register_buffer("_u", u)
-        self.register_buffer("_v", v)
+        self.register_buffer("_u", u.to(weight.dtype))
+        self.register_buffer("_v", v.to(weight.dtype))
 
     def forward(self, weight: Tensor) -> Tensor:
-        matrix = self._matrix(weight)
-        # Copies: a second forward may move u and v before this one's backward.
-        u, v = self._u.clone(), self._v.clone()
-        if self.training:
-            u, v = _power_iteration(matrix, u)
-            self._u.copy_(u)
-            self._v.copy_(v)
-        return weight / torch.dot(u, torch.mv(matrix, v))
+        # Autocast would take the products, and so the estimate, down to its dtype.
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = self._matrix(wide(weight))
+            # Copies: a second forward may move u and v before this one's backward.
+            u, v = (t.to(matrix.dtype, copy=True) for t in (self._u, self._v))
+            if self.training:
+                u, v = _power_iteration(matrix, u)
+                self._u.copy_(u)
+                self._v.copy_(v)
+            return weight / torch.dot(u, torch.mv(matrix, v)).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
