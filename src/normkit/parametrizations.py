@@ -251,7 +251,7 @@ class _SpectralNorm(_Reparametrization):
                 u, v = _power_iteration(matrix, u)
                 self._u.copy_(u)
                 self._v.copy_(v)
-            return weight / torch.dot(u, torch.mv(matrix, v)).to(weight.dtype)
+            return weight / (u @ (matrix @ v)).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -307,8 +307,8 @@ def _lengths(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _power_iteration(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    v = F.normalize(torch.mv(matrix.T, u), dim=0)
-    return F.normalize(torch.mv(matrix, v), dim=0), v
+    v = F.normalize(matrix.T @ u, dim=0)
+    return F.normalize(matrix @ v, dim=0), v
 
 
 def _weight(layer: nn.Module, name: str) -> Tensor:
