@@ -245,12 +245,7 @@ class _SpectralNorm(_Reparametrization):
         # Autocast would take the products, and so the estimate, down to its dtype.
         with torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(wide(weight))
-            # Copies: a second forward may move u and v before this one's backward.
-            u, v = (t.to(matrix.dtype, copy=True) for t in (self._u, self._v))
-            if self.training:
-                u, v = _power_iteration(matrix, u)
-                self._u.copy_(u)
-                self._v.copy_(v)
+            u, v = self._vectors(matrix)
             return weight / (u @ (matrix @ v)).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -260,6 +255,15 @@ class _SpectralNorm(_Reparametrization):
         new = f"{prefix}parametrizations.{name}."
         names = {"_orig": "original", "_u": "0._u", "_v": "0._v"}
         _rename(state, {f"{prefix}{name}{old}": new + end for old, end in names.items()})
+
+    def _vectors(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """u and v, moved on in training; copies, since a second forward may come before a backward."""
+        u, v = (t.to(matrix.dtype, copy=True) for t in (self._u, self._v))
+        if self.training:
+            u, v = _power_iteration(matrix, u)
+            self._u.copy_(u)
+            self._v.copy_(v)
+        return u, v
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return (weight.movedim(1, 0) if self.transposed else weight).flatten(1)
