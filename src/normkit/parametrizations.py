@@ -257,7 +257,7 @@ class _SpectralNorm(_Reparametrization):
         _rename(state, {f"{prefix}{name}{old}": new + end for old, end in names.items()})
 
     def _vectors(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """u and v, moved on in training; copies, since a second forward may come before a backward."""
+        """Copies of u and v, moved on in training; the buffers may move before the backward."""
         u, v = (t.to(matrix.dtype, copy=True) for t in (self._u, self._v))
         if self.training:
             u, v = _power_iteration(matrix, u)
