@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import normkit
 from normkit import parametrizations as P
@@ -102,6 +103,54 @@ def test_one_power_iteration_a_step_and_none_in_evaluation():
     layer.eval()
     torch.testing.assert_close(layer(x), y)
     np.testing.assert_allclose(entry._u.numpy(), u, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_a_recomputation_reads_its_forwards_vectors_and_moves_none(reentrant):
+    plain = nn.Sequential(P.spectral_norm(nn.Linear(5, 5)), nn.Tanh())
+    with torch.no_grad():  # far from converged, so that each iteration is another estimate
+        plain[0].parametrizations.weight[0]._u.copy_(torch.eye(5)[0])
+    again = copy.deepcopy(plain)
+    entry = again[0].parametrizations.weight[0]
+    for _ in range(3):
+        x = torch.randn(4, 5, requires_grad=True)
+        first = checkpoint(again, x, use_reentrant=reentrant)
+        vectors = entry._u.clone()
+        # A second forward moves u before the first one is computed again.
+        (first.sum() + checkpoint(again, 2 * x, use_reentrant=reentrant).sum()).backward()
+        got, x.grad = x.grad, None
+        (plain(x).sum() + plain(2 * x).sum()).backward()
+        torch.testing.assert_close(got, x.grad)
+        assert not torch.equal(vectors, entry._u)
+        for ours, theirs in zip(again.buffers(), plain.buffers(), strict=True):
+            assert torch.equal(ours, theirs)
+        for ours, theirs in zip(again.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_backward_that_repeats_a_forward_by_itself_moves_nothing():
+    layer = P.spectral_norm(nn.Linear(5, 5))
+    entry = layer.parametrizations.weight[0]
+
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return layer(x)
+
+        @staticmethod
+        def backward(ctx, dy):
+            with torch.enable_grad():
+                x = ctx.saved_tensors[0].detach().requires_grad_()
+                return torch.autograd.grad(layer(x), x, dy)
+
+    with torch.no_grad():
+        entry._u.copy_(torch.eye(5)[0])
+    y = Again.apply(torch.randn(2, 5, requires_grad=True))
+    u = entry._u.clone()
+    with pytest.warns(UserWarning, match="runs a forward again, and not by"):
+        y.sum().backward()
+    assert torch.equal(entry._u, u)
 
 
 def test_spectral_norm_trains_as_torchs_older_one_does():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from . import functional
+from . import functional, recompute
 from .backend.reference import wide
 from .spec import check_eps
 
@@ -122,8 +122,9 @@ def spectral_norm(layer: Layer, name: str = "weight") -> Layer:
     W is seen as a matrix (outputs, everything else); for a grouped convolution, whose groups are
     stacked so, the estimate bounds that of each group from above. In training one such power
     iteration is made whenever the weight is read, so once in a forward; in evaluation u and v
-    stay. They are buffers; W is the parameter `layer.parametrizations.weight.original`, the same
-    object that the weight was. u and v start with 15 iterations from a random direction.
+    stay. A recomputation by activation checkpointing reads those of its forward and moves none.
+    They are buffers; W is the parameter `layer.parametrizations.weight.original`, the same object
+    that the weight was. u and v start with 15 iterations from a random direction.
 
     Args:
         layer: with a parameter `name` of two axes or more; it is changed in place.
@@ -245,7 +246,7 @@ class _SpectralNorm(_Reparametrization):
         # Autocast would take the products, and so the estimate, down to its dtype.
         with torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(wide(weight))
-            u, v = self._vectors(matrix)
+            u, v = recompute.remember(lambda: self._vectors(matrix))
             return weight / (u @ (matrix @ v)).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -261,8 +262,9 @@ class _SpectralNorm(_Reparametrization):
         u, v = (t.to(matrix.dtype, copy=True) for t in (self._u, self._v))
         if self.training:
             u, v = _power_iteration(matrix, u)
-            self._u.copy_(u)
-            self._v.copy_(v)
+            if not recompute.recomputing():
+                self._u.copy_(u)
+                self._v.copy_(v)
         return u, v
 
     def _matrix(self, weight: Tensor) -> Tensor:
