@@ -53,7 +53,7 @@ def weight_norm(layer: Layer, name: str = "weight") -> Layer:
     Source: Salimans & Kingma 2016 (arXiv 1602.07868), equation 2.
     """
     weight = _weight(layer, name)
-    rows = _to_rows(weight, groups := _transposed_groups(layer)).flatten(1)
+    rows = _by_output(weight, groups := _transposed_groups(layer)).flatten(1)
     if not weight.is_meta and not (rows != 0).any(1).all():
         raise ValueError(
             f"{layer}: weight_norm needs a nonzero weight in each output channel, and {name} has "
@@ -94,7 +94,7 @@ def initialize_weight_norm(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         layer.register_forward_pre_hook(functools.partial(initialize, name), with_kwargs=True)
         for name, layer in layers.items()
     ]
-    devices = {t.device for t in saved if t.device.type != "cpu"}
+    devices = {t.device for t in saved if t.is_cuda}
     try:
         with torch.random.fork_rng(devices):
             model(*args, **kwargs)
@@ -172,7 +172,7 @@ def weight_standardization(layer: Layer, name: str = "weight", eps: float = 1e-5
     """
     weight = _weight(layer, name)
     groups = _transposed_groups(layer)
-    if _to_rows(weight, groups)[0].numel() == 1:
+    if _by_output(weight, groups)[0].numel() == 1:
         raise ValueError(
             f"{layer}: weight_standardization needs more than 1 weight to an output channel, got "
             f"{name} of shape {tuple(weight.shape)}, which would be 0 throughout"
@@ -201,6 +201,10 @@ def remove(layer: Layer, name: str = "weight") -> Layer:
 class _Reparametrization(nn.Module):
     """What a weight is computed by, and how torch's state dicts of the same kind are read."""
 
+    def right_inverse(self, weight: Tensor) -> Any:
+        """The parameters that give this weight, up to what the parametrization takes out."""
+        return weight
+
     def adopt(self, state: dict[str, Any], prefix: str, name: str) -> None:
         """Rewrite what torch's versions saved of the weight `name` to what this module saves."""
 
@@ -211,17 +215,17 @@ class _WeightNorm(_Reparametrization):
         self.groups = groups
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        rows = wide(_to_rows(v, self.groups))
-        return _from_rows((wide(g) * rows / _lengths(rows)).to(v.dtype), self.groups)
+        rows = wide(_by_output(v, self.groups))
+        return _by_output((wide(g) * rows / _lengths(rows)).to(v.dtype), self.groups)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return _lengths(_to_rows(weight, self.groups)).to(weight.dtype), weight
+        return _lengths(_by_output(weight, self.groups)).to(weight.dtype), weight
 
     def adopt(self, state: dict[str, Any], prefix: str, name: str) -> None:
         g_name, v_name = (f"{prefix}parametrizations.{name}.original{i}" for i in (0, 1))
         _rename(state, {f"{prefix}{name}_g": g_name, f"{prefix}{name}_v": v_name})
         g, v = state.get(g_name), state.get(v_name)
-        if g is None or v is None or g.shape == _lengths(_to_rows(v, self.groups)).shape:
+        if g is None or v is None or g.shape == _lengths(_by_output(v, self.groups)).shape:
             return
         other = [i for i in range(v.dim()) if g.dim() == 0 or g.shape[i] == 1]
         weight = v * (g / torch.linalg.vector_norm(v, dim=other, keepdim=True))
@@ -249,9 +253,6 @@ class _SpectralNorm(_Reparametrization):
             u, v = recompute.remember(lambda: self._vectors(matrix))
             return weight / (u @ (matrix @ v)).to(weight.dtype)
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight
-
     def adopt(self, state: dict[str, Any], prefix: str, name: str) -> None:
         new = f"{prefix}parametrizations.{name}."
         names = {"_orig": "original", "_u": "0._u", "_v": "0._v"}
@@ -278,13 +279,10 @@ class _WeightStandardization(_Reparametrization):
         self.groups, self.eps = groups, eps
 
     def forward(self, weight: Tensor) -> Tensor:
-        rows = _to_rows(weight, self.groups)
+        rows = _by_output(weight, self.groups)
         standard = functional.layer_norm(rows, rows.shape[1:], eps=self.eps)
         assert isinstance(standard, Tensor)
-        return _from_rows(standard, self.groups)
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight
+        return _by_output(standard, self.groups)
 
 
 def _transposed_groups(layer: nn.Module) -> int | None:
@@ -292,18 +290,11 @@ def _transposed_groups(layer: nn.Module) -> int | None:
     return layer.groups if isinstance(layer, _Transposed) else None
 
 
-def _to_rows(weight: Tensor, groups: int | None) -> Tensor:
-    """The weight as (outputs, inputs of each, *); that of a transposed convolution isn't so."""
+def _by_output(weight: Tensor, groups: int | None) -> Tensor:
+    """The weight as (outputs, inputs of each, *) and back: for transposed ones it is one swap."""
     if groups is None:
         return weight
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def _from_rows(rows: Tensor, groups: int | None) -> Tensor:
-    """Undo `_to_rows`."""
-    if groups is None:
-        return rows
-    return rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _lengths(rows: Tensor) -> Tensor:
