@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from normkit import create
+from normkit.factory import NORMS, create
 from normkit.lab.config import Config
 from normkit.lab.data import Data
 from normkit.lab.errors import LabError
@@ -58,8 +58,8 @@ def check(config: Config, data: Data, norms: list[str]) -> None:
                 f"model {config.model!r} returned {got} for inputs {tuple(x.shape)}; "
                 f"it must return class scores of shape {(len(x), data.classes)}"
             )
-        factory = norm_factory(norm)
-        if factory is not None and not any(type(m) is type(factory(1)) for m in model.modules()):
+        layer = None if norm == "none" else NORMS[norm.partition(":")[0]].layer
+        if layer is not None and not any(type(m) is layer for m in model.modules()):
             raise LabError(
                 f"model {config.model!r} has no normalization layers though norm= was given; "
                 "build them in it with norm(features) wherever it is not None"
