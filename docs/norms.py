@@ -4,6 +4,7 @@ What a layer pools, where its statistics come from and which backends take it is
 that it makes; its affine, epilogue and extras off its constructor and its forward.
 """
 
+import copy
 import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ POOLS = {
 }
 
 EPILOGUE = ("act", "residual", "add")
+METHODS = ("freeze", "accumulate")
 
 TEXT = """\
 # Every norm
@@ -111,26 +113,50 @@ def formula_row(text: str) -> list[str]:
     layer = make(text)
     constructor = arguments(type(layer))
     forward = list(inspect.signature(type(layer).forward).parameters)[2:]
-    (training, inputs), (evaluation, _) = call(layer.train()), call(layer.eval())
-    pool = "last axes" if training.pool.trailing else POOLS[training.pool.summed]
+    methods = [f"{name}()" for name in METHODS if hasattr(layer, name)]
+    spec, inputs = call(layer.train())
     return [
         f"`{text}`",
         code([FORMULA[text]] if FORMULA[text] else []),
-        pool if training.center else f"{pool}; no mean",
-        "running" if training.given else "batch",
-        "running" if evaluation.given else "batch",
+        pool(spec),
+        source(layer.train()),
+        source(layer.eval()),
         affine(text),
         code([name for name in EPILOGUE if name in (*constructor, *forward)]),
-        ", ".join(n for n, b in backend.BACKENDS.items() if b.why_not(training, inputs) is None),
-        code([name for name in forward if name not in EPILOGUE]),
+        ", ".join(n for n, b in backend.BACKENDS.items() if b.why_not(spec, inputs) is None),
+        code([*(name for name in forward if name not in EPILOGUE), *methods]),
     ]
 
 
+def pool(spec: Spec) -> str:
+    """The elements that share statistics, in words."""
+    name = "last axes" if spec.pool.trailing else POOLS[spec.pool.summed]
+    return name if spec.center else f"{name}; no mean"
+
+
+def source(layer: nn.Module) -> str:
+    """Where the statistics come from: what the layer hands over, and what its output depends on."""
+    spec, inputs = call(layer)
+    if spec.given:
+        return "running"
+    outputs = []
+    for mean in (0.0, 1.0):
+        copied = copy.deepcopy(layer)
+        values = {"running_mean": mean, "running_var": 1.0, "num_batches_tracked": 10**6}
+        for name, buffer in copied.named_buffers():
+            buffer.fill_(values[name])
+        outputs.append(copied(inputs.x))
+    return "batch" if torch.equal(*outputs) else "batch, corrected towards running"
+
+
 def affine(text: str) -> str:
-    """The names of the parameters, and whether they must be asked for."""
+    """The names of weight and bias, and whether they must be asked for, or are fixed."""
     options = {"affine", "elementwise_affine"} & set(arguments(type(make(text))))
-    names = [name for name, _ in make(text, **dict.fromkeys(options, True)).named_parameters()]
-    return code(names) if list(make(text).parameters()) else f"off; {code(names)}"
+    layer, full = make(text), make(text, **dict.fromkeys(options, True))
+    names = code([n for n in ("weight", "bias") if getattr(full, n, None) is not None])
+    if layer.weight is None:
+        return f"off; {names}"
+    return names if list(layer.parameters()) else f"{names}, fixed"
 
 
 def code(names: list[str]) -> str:

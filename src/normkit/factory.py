@@ -81,12 +81,13 @@ def create(name: str, num_features: int, **kwargs: Any) -> nn.Module:
 
 
 def arguments(layer: type[nn.Module]) -> list[str]:
-    """The names of a constructor's arguments, those that it hands on to its bases included."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [
-        parameter.name
-        for base in layer.__mro__
-        if "__init__" in vars(base)
-        for parameter in list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        if parameter.kind in named
-    ]
+    """The names of a constructor's arguments, those included that it hands on by **kwargs."""
+    names: list[str] = []
+    for base in layer.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return names
