@@ -25,6 +25,9 @@ FORMULA = {
     "BatchNorm2d(C)": "",
     "BatchNorm3d(C)": "",
     "BatchNorm(C)": "batch",
+    "GhostBatchNorm(C, S)": "ghost:S",
+    "BatchRenorm(C)": "renorm",
+    "FrozenBatchNorm(C)": "frozen",
     "InstanceNorm1d(C)": "",
     "InstanceNorm2d(C)": "",
     "InstanceNorm3d(C)": "",
@@ -64,14 +67,15 @@ METHODS = ("freeze", "accumulate")
 TEXT = """\
 # Every norm
 
-Written by `python docs/norms.py` from the code. C are channels, G groups.
+Written by `python docs/norms.py` from the code. C are channels, G groups, S samples.
 
 ## Cases of the formula
 
     y = act((x - mean) * rstd * weight + bias [+ residual])
 
 *Pool*: the elements that share a mean and a variance. *Source*: the batch's own statistics or the
-running averages. *Extras*: what the call takes besides.
+running averages. *Extras*: what the call takes besides, a weight and a bias given by the caller
+(conditional affine) among it, and methods.
 
 {formula}
 
@@ -92,8 +96,8 @@ HEAD += ("affine", "epilogue", "backends", "extras")
 
 
 def make(text: str, **more: Any) -> nn.Module:
-    """The layer of a row, with 8 channels in 2 groups."""
-    return eval(f"{text[:-1]}, **more)", vars(normkit) | {"C": 8, "G": 2, "more": more})
+    """The layer of a row, with 8 channels in 2 groups, and ghost batches of 4 samples."""
+    return eval(f"{text[:-1]}, **more)", vars(normkit) | {"C": 8, "G": 2, "S": 4, "more": more})
 
 
 def call(layer: nn.Module) -> tuple[Spec, Inputs]:
@@ -131,6 +135,7 @@ def formula_row(text: str) -> list[str]:
 def pool(spec: Spec) -> str:
     """The elements that share statistics, in words."""
     name = "last axes" if spec.pool.trailing else POOLS[spec.pool.summed]
+    name = name.replace("batch", "ghost batch") if spec.pool.ghosts else name
     return name if spec.center else f"{name}; no mean"
 
 

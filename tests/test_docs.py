@@ -37,7 +37,7 @@ def test_no_norm_and_no_name_is_missing(norms):
 def test_what_create_makes_is_what_its_row_says(norms):
     for text, name in (norms.FORMULA | norms.BESIDE).items():
         if name:
-            layer = normkit.create(name.replace("G", "2"), 8)
+            layer = normkit.create(name.replace("G", "2").replace("S", "4"), 8)
             assert repr(layer) == repr(norms.make(text))
 
 

@@ -11,6 +11,9 @@ from normkit.factory import NORMS
 
 EXAMPLES = {
     "batch": normkit.BatchNorm,
+    "ghost:2": normkit.GhostBatchNorm,
+    "renorm": normkit.BatchRenorm,
+    "frozen": normkit.FrozenBatchNorm,
     "instance": normkit.InstanceNorm,
     "group:4": normkit.GroupNorm,
     "layer": normkit.LayerNorm,

@@ -9,6 +9,9 @@ from .layers import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    BatchRenorm,
+    FrozenBatchNorm,
+    GhostBatchNorm,
     GroupNorm,
     InstanceNorm,
     InstanceNorm1d,
@@ -18,6 +21,7 @@ from .layers import (
     RMSNorm,
 )
 from .standardize import Standardize
+from .state import functional_call
 
 __version__ = "0.1.0"
 
@@ -26,8 +30,11 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm",
     "DyT",
     "FilterResponseNorm",
+    "FrozenBatchNorm",
+    "GhostBatchNorm",
     "GlobalResponseNorm",
     "GroupNorm",
     "InstanceNorm",
@@ -41,6 +48,7 @@ __all__ = [
     "create",
     "explain",
     "functional",
+    "functional_call",
     "info",
     "parametrizations",
 ]

@@ -14,7 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .backend.reference import wide
-from .functional import _check_input
+from .checks import check_input
 from .layers import _Norm
 from .spec import check_eps
 
@@ -196,7 +196,7 @@ class GlobalResponseNorm(_Norm):
 def _dyt(
     input: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, channels_first: bool
 ) -> Tensor:
-    _check_input(input, 2 if channels_first else 1, "(N, C, *)" if channels_first else "(*, C)")
+    check_input(input, 2 if channels_first else 1, "(N, C, *)" if channels_first else "(*, C)")
     spread = _Spread(input, weight, 1 if channels_first else -1)
     y = torch.tanh(wide(alpha) * wide(input)) * spread(weight) + spread(bias)
     return y.to(input.dtype)
@@ -205,7 +205,7 @@ def _dyt(
 def _filter_response_norm(
     input: Tensor, weight: Tensor, bias: Tensor, tau: Tensor | None, eps: float | Tensor
 ) -> Tensor:
-    _check_input(input, 2, "(N, C, *)")
+    check_input(input, 2, "(N, C, *)")
     spread = _Spread(input, weight, 1)
     x = wide(input)
     if math.prod(x.shape[2:]) == 1 and not isinstance(eps, Tensor):
@@ -224,7 +224,7 @@ def _filter_response_norm(
 def _global_response_norm(
     input: Tensor, weight: Tensor, bias: Tensor, eps: float, *, channels_first: bool
 ) -> Tensor:
-    _check_input(input, 3, "(N, C, *)" if channels_first else "(N, *, C)")
+    check_input(input, 3, "(N, C, *)" if channels_first else "(N, *, C)")
     axis = 1 if channels_first else input.dim() - 1
     spread = _Spread(input, weight, axis)
     x = wide(input)

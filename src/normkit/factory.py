@@ -9,7 +9,16 @@ from typing import Any
 from torch import nn
 
 from .beside import DyT, FilterResponseNorm, GlobalResponseNorm
-from .layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from .layers import (
+    BatchNorm,
+    BatchRenorm,
+    FrozenBatchNorm,
+    GhostBatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    RMSNorm,
+)
 from .spec import unknown
 
 
@@ -31,6 +40,9 @@ _CHANNELS_FIRST = {"channels_first": True}
 
 NORMS = {
     "batch": Entry(BatchNorm),
+    "ghost": Entry(GhostBatchNorm, "ghost_size"),
+    "renorm": Entry(BatchRenorm),
+    "frozen": Entry(FrozenBatchNorm),
     "instance": Entry(InstanceNorm),
     "group": Entry(GroupNorm, "num_groups", "num_channels"),
     "layer": Entry(LayerNorm, None, "normalized_shape", _CHANNELS_FIRST),

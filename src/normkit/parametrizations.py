@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from . import functional, recompute
+from . import functional, recompute, state
 from .backend.reference import wide
 from .spec import check_eps
 
@@ -205,7 +205,7 @@ class _Reparametrization(nn.Module):
         """The parameters that give this weight, up to what the parametrization takes out."""
         return weight
 
-    def adopt(self, state: dict[str, Any], prefix: str, name: str) -> None:
+    def adopt(self, saved: dict[str, Any], prefix: str, name: str) -> None:
         """Rewrite what torch's versions saved of the weight `name` to what this module saves."""
 
 
@@ -221,15 +221,15 @@ class _WeightNorm(_Reparametrization):
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return _lengths(_by_output(weight, self.groups)).to(weight.dtype), weight
 
-    def adopt(self, state: dict[str, Any], prefix: str, name: str) -> None:
+    def adopt(self, saved: dict[str, Any], prefix: str, name: str) -> None:
         g_name, v_name = (f"{prefix}parametrizations.{name}.original{i}" for i in (0, 1))
-        _rename(state, {f"{prefix}{name}_g": g_name, f"{prefix}{name}_v": v_name})
-        g, v = state.get(g_name), state.get(v_name)
+        _rename(saved, {f"{prefix}{name}_g": g_name, f"{prefix}{name}_v": v_name})
+        g, v = saved.get(g_name), saved.get(v_name)
         if g is None or v is None or g.shape == _lengths(_by_output(v, self.groups)).shape:
             return
         other = [i for i in range(v.dim()) if g.dim() == 0 or g.shape[i] == 1]
         weight = v * (g / torch.linalg.vector_norm(v, dim=other, keepdim=True))
-        state[g_name], state[v_name] = self.right_inverse(weight)
+        saved[g_name], saved[v_name] = self.right_inverse(weight)
 
 
 class _SpectralNorm(_Reparametrization):
@@ -253,19 +253,19 @@ class _SpectralNorm(_Reparametrization):
             u, v = recompute.remember(lambda: self._vectors(matrix))
             return weight / (u @ (matrix @ v)).to(weight.dtype)
 
-    def adopt(self, state: dict[str, Any], prefix: str, name: str) -> None:
+    def adopt(self, saved: dict[str, Any], prefix: str, name: str) -> None:
         new = f"{prefix}parametrizations.{name}."
         names = {"_orig": "original", "_u": "0._u", "_v": "0._v"}
-        _rename(state, {f"{prefix}{name}{old}": new + end for old, end in names.items()})
+        _rename(saved, {f"{prefix}{name}{old}": new + end for old, end in names.items()})
 
     def _vectors(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of u and v, moved on in training; the buffers may move before the backward."""
-        u, v = (t.to(matrix.dtype, copy=True) for t in (self._u, self._v))
+        u, v = (state.read(t).to(matrix.dtype, copy=True) for t in (self._u, self._v))
         if self.training:
             u, v = _power_iteration(matrix, u)
             if not recompute.recomputing():
-                self._u.copy_(u)
-                self._v.copy_(v)
+                state.write(self._u, u)
+                state.write(self._v, v)
         return u, v
 
     def _matrix(self, weight: Tensor) -> Tensor:
@@ -367,10 +367,10 @@ def _remake(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return layer
 
 
-def _load(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+def _load(self: nn.Module, saved: dict[str, Any], prefix: str, *args: Any) -> None:
     for name, entry in _reparametrizations(self).items():
-        entry.adopt(state, prefix, name)
-    _base(self)._load_from_state_dict(self, state, prefix, *args)
+        entry.adopt(saved, prefix, name)
+    _base(self)._load_from_state_dict(self, saved, prefix, *args)
 
 
 def _base(layer: nn.Module) -> Any:
@@ -378,10 +378,10 @@ def _base(layer: nn.Module) -> Any:
     return parametrize.type_before_parametrizations(layer)
 
 
-def _rename(state: dict[str, Any], names: dict[str, str]) -> None:
-    if all(old in state for old in names):
+def _rename(saved: dict[str, Any], names: dict[str, str]) -> None:
+    if all(old in saved for old in names):
         for old, new in names.items():
-            state[new] = state.pop(old)
+            saved[new] = saved.pop(old)
 
 
 def _is_weight_normalized(layer: nn.Module) -> bool:

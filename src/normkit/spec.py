@@ -22,6 +22,8 @@ class Spec:
 
     `center` is False where the mean is not subtracted (RMS); the variance is the mean square then.
     `given` is True where mean and rstd are handed in as constants instead of being taken from x.
+    `conditional` is True where weight and bias have x's rank and broadcast to it, as those of
+    AdaIN and FiLM; otherwise they have one value a channel, or one a normalized element.
     """
 
     pool: Pool
@@ -29,6 +31,7 @@ class Spec:
     center: bool = True
     act: str | None = None
     given: bool = False
+    conditional: bool = False
 
     def __post_init__(self) -> None:
         check_eps(self.eps)
