@@ -45,6 +45,9 @@ def test_numbers_and_arguments_reach_the_layer():
     assert normkit.create("batch", 8, momentum=0.3, act="relu").act == "relu"
     assert normkit.create("batch", 8, momentum=0.3).momentum == 0.3
     assert normkit.create("instance", 8, affine=True).weight.shape == (8,)
+    assert normkit.create("ghost:4", 8).ghost_size == 4
+    assert normkit.create("renorm", 8, r_max=2.0).r_max == 2.0
+    assert list(normkit.create("frozen", 8, act="relu").parameters()) == []
     tokens = torch.randn(2, 5, 8)
     layer = normkit.create("layer", 8, channels_first=False, eps=1e-3)
     torch.testing.assert_close(layer(tokens), nn.functional.layer_norm(tokens, (8,), eps=1e-3))
@@ -56,6 +59,9 @@ def test_values_are_those_of_the_norm_of_the_name():
     F = nn.functional
     expected = {
         "batch": F.batch_norm(x, None, None, training=True),
+        "ghost:2": torch.cat([F.batch_norm(g, None, None, training=True) for g in x.split(2)]),
+        "renorm": F.batch_norm(x, None, None, training=True),
+        "frozen": x / (1 + 1e-5) ** 0.5,
         "instance": F.instance_norm(x),
         "group:4": F.group_norm(x, 4),
         "layer": F.layer_norm(x.movedim(1, -1), (8,)).movedim(-1, 1),
@@ -97,6 +103,8 @@ def test_a_network_in_torchvisions_manner():
             r"create\('batch'\): unknown argument 'momentun'; did you mean 'momentum'",
         ),
         (lambda: normkit.create("group:4", 8, num_groups=2), TypeError, "'num_groups'.*'eps'"),
+        (lambda: normkit.create("ghost:0", 8), ValueError, "ghost_size must be an integer >= 1"),
+        (lambda: normkit.create("frozen", 8, momentum=0.1), TypeError, "unknown argument 'momen"),
         (lambda: normkit.create("grn", 8, act="relu"), TypeError, "unknown argument 'act'"),
     ],
 )

@@ -394,6 +394,27 @@ def test_func_transforms_and_compile(kind):
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+def test_a_functional_call_returns_the_moved_vectors_and_writes_none():
+    layer = P.spectral_norm(nn.Linear(5, 4))
+    entry = layer.parametrizations.weight[0]
+    with torch.no_grad():
+        entry._u.copy_(torch.eye(4)[0])
+    before, x = entry._u.clone(), torch.randn(3, 2, 5)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        y, buffers = normkit.functional_call(layer, parameters, (x,))
+        return y.square().sum(), buffers
+
+    step = torch.func.grad(loss, has_aux=True)
+    gradients, moved = torch.vmap(step, in_dims=(None, 0))(parameters, x)
+    assert torch.equal(entry._u, before)
+    layer(x[1]).square().sum().backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient[1], parameters[name].grad)
+    torch.testing.assert_close(moved["parametrizations.weight.0._u"], entry._u.expand(3, -1))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cache_of_torch_holds(kind):
     layer = KINDS[kind](nn.Linear(3, 4))
