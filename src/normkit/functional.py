@@ -172,10 +172,6 @@ def batch_renorm(
             *(input, running_mean, running_var, affine, eps, act), mask=mask, residual=residual
         )
     check_batch_statistics(input, eps, mask, [(1, input.shape[0])])
-    limits = (
-        1 + (r_max - 1) * _opened(num_batches_tracked, r_steps),
-        d_max * _opened(num_batches_tracked, d_steps),
-    )
 
     @torch.no_grad()
     def correction() -> tuple[Tensor, Tensor]:
@@ -183,7 +179,9 @@ def batch_renorm(
         mean, rstd = statistics.given(running_mean, running_var, eps, input)
         r = (batch.var + eps).sqrt() * rstd
         d = (batch.mean - mean) * rstd
-        r_limit, d_limit = limits
+        step = state.read(num_batches_tracked).to(r.dtype)
+        r_limit = 1 + (r_max - 1) * _opened(step, r_steps)
+        d_limit = d_max * _opened(step, d_steps)
         return r.clamp(1 / r_limit, r_limit), d.clamp(-d_limit, d_limit)
 
     r, d = recompute.remember(correction)
@@ -454,15 +452,16 @@ def _by_ghosts(
             return [tensor] * len(samples)
         return tensor.split(samples) if len(samples) > 1 else [tensor]
 
-    parts = [
-        _by_batch(
-            ghost(ghosts[i][0]), block, affine._replace(weight=weight, bias=bias), eps, act, *rest
-        )
-        for i, (block, weight, bias, *rest) in enumerate(
-            zip(*map(blocks, (x, affine.weight, affine.bias, mask, residual)), strict=True)
-        )
-    ]
-    ys, moments = zip(*parts, strict=True)
+    ys, moments = [], []
+    tensors = (x, affine.weight, affine.bias, mask, residual)
+    for (how_many, _), (block, weight, bias, *rest) in zip(
+        ghosts, zip(*map(blocks, tensors), strict=True), strict=True
+    ):
+        pool = ghost(how_many) if how_many > 1 else BATCH
+        own = affine._replace(weight=weight, bias=bias)
+        y, batch = _by_batch(pool, block, own, eps, act, *rest)
+        ys.append(y)
+        moments.append([moment.reshape(how_many, -1) for moment in batch])
     whole = statistics.pooled(Moments(*map(torch.cat, zip(*moments, strict=True))))
     return ys[0] if len(ys) == 1 else torch.cat(ys), whole
 
@@ -511,7 +510,6 @@ def _by_running(
 def _opened(step: Tensor, steps: tuple[int, int]) -> Tensor:
     """How far limits are open, 0 to 1: linear between the first and the last of the steps."""
     first, last = steps
-    step = state.read(step)
     return torch.where(step >= last, 1.0, (step - first) / max(last - first, 1)).clamp(0, 1)
 
 
