@@ -1,7 +1,8 @@
 """The layers beside the formula: they share no mean and rstd of a pool, so they are plain modules.
 
 Computed in at least float32; the output has the input's dtype and layout. They hold no running
-statistics: training and evaluation are the same.
+statistics: training and evaluation are the same. Squares aren't rescaled as the formula's are, so
+those of values beyond 1e19 overflow float32.
 """
 
 from __future__ import annotations
