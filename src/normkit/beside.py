@@ -96,7 +96,7 @@ class FilterResponseNorm(_Norm):
             range.
         TypeError: an input that isn't floating point.
 
-    Source: Singh & Krishnan 2019 (arXiv 1911.09737), equations 1 to 4 and listing 1.
+    Source: Singh & Krishnan 2019 (arXiv 1911.09737), section 3 and listing 1.
     """
 
     tau: nn.Parameter | None

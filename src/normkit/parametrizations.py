@@ -168,7 +168,7 @@ def weight_standardization(layer: Layer, name: str = "weight", eps: float = 1e-5
         ValueError: no such parameter; one that is parametrized already; a single weight to an
             output channel; eps out of range.
 
-    Source: Qiao et al. 2019 (arXiv 1903.10520), equations 7 and 8.
+    Source: Qiao et al. 2019 (arXiv 1903.10520), section 2.
     """
     weight = _weight(layer, name)
     groups = _transposed_groups(layer)
