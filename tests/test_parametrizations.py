@@ -73,6 +73,20 @@ def test_weight_standardization_is_the_formula(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_weight_standardization_is_the_papers_and_has_a_gradient_at_constant_weights(name):
+    plain, _ = make(name)
+    layer = P.weight_standardization(copy.deepcopy(plain))
+    for got, w in zip(rows(plain, layer.weight), rows(plain, plain.weight), strict=True):
+        np.testing.assert_allclose(got, (w - w.mean()) / (w.std() + 1e-5), rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        layer.parametrizations.weight.original.fill_(0.5)
+    weight = layer.weight
+    assert torch.equal(weight, torch.zeros_like(weight))
+    weight.square().sum().backward()
+    assert layer.parametrizations.weight.original.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_spectral_norm_is_the_largest_singular_value_of_torchs_matrix(name):
     plain, x = make(name)
     layer = P.spectral_norm(copy.deepcopy(plain))

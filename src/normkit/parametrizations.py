@@ -147,7 +147,7 @@ def spectral_norm(layer: Layer, name: str = "weight") -> Layer:
     return _register(layer, name, _SpectralNorm(weight, isinstance(layer, _Transposed)))
 
 
-def weight_standardization(layer: Layer, name: str = "weight", eps: float = 1e-5) -> Layer:
+def weight_standardization(layer: Layer, name: str = "weight", eps: float = 1e-10) -> Layer:
     """Weight standardization: the weights of each output channel with mean 0 and variance 1.
 
     w = (W - mean) / sqrt(variance + eps), over the weights of an output channel
@@ -159,7 +159,8 @@ def weight_standardization(layer: Layer, name: str = "weight", eps: float = 1e-5
     Args:
         layer: with a parameter `name` of two axes or more; it is changed in place.
         name: of the weight.
-        eps: against constant weights.
+        eps: against constant weights. The paper adds 1e-5 to the standard deviation, which has no
+            derivative there; its square under the root is the same for all other weights.
 
     Returns:
         The layer.
