@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import normkit
 from normkit import recompute
 
 
@@ -24,7 +25,7 @@ class Moving:
         return value
 
     def __call__(self, x):
-        value = recompute.remember(self.step)
+        value = recompute.remember(self.step, moves=True)
         self.read.append(value.item())
         return (x * value).sin()
 
@@ -112,13 +113,15 @@ def test_what_was_read_goes_with_the_graph(reentrant):
         return value
 
     x = torch.randn(3, requires_grad=True)
-    y = checkpoint(lambda z: (z * recompute.remember(read)).sin(), x, use_reentrant=reentrant)
+    y = checkpoint(
+        lambda z: (z * recompute.remember(read, moves=True)).sin(), x, use_reentrant=reentrant
+    )
     assert kept[0]() is not None
     del y
     gc.collect()
     assert kept[0]() is None
     with torch.no_grad():
-        recompute.remember(read)
+        recompute.remember(read, moves=True)
     assert kept[1]() is None
 
 
@@ -154,10 +157,50 @@ def test_a_recomputation_that_reads_more_than_its_forward_is_an_error():
 
     def inside(z):
         for _ in more:
-            recompute.remember(layer.step)
+            recompute.remember(layer.step, moves=True)
         return layer(z)
 
     y = checkpoint(inside, x, use_reentrant=True)
     more.append(1)
     with pytest.raises(RuntimeError, match=r"more often than the 1 times.*modes"):
         y.sum().backward()
+
+
+def multiplied(x, weight, buffer):
+    y = x * weight * recompute.remember(buffer.exp, moves=True)
+    with torch.no_grad():
+        buffer.add_(1)
+    return y
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_backward_reads_what_its_forward_read(backend):
+    torch._dynamo.reset()
+    x, weight, buffer = torch.ones(3), torch.ones(3, requires_grad=True), torch.zeros(3)
+    torch.compile(multiplied, fullgraph=True, backend=backend)(x, weight, buffer).sum().backward()
+    assert torch.equal(weight.grad, torch.ones(3))
+    assert torch.equal(buffer, torch.ones(3))
+
+
+def test_a_checkpoint_inside_a_compiled_graph_is_refused_not_wrong():
+    torch._dynamo.reset()
+    x, weight, buffer = torch.ones(3), torch.ones(3, requires_grad=True), torch.zeros(3)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(*inputs):
+        return checkpoint(multiplied, *inputs, use_reentrant=False)
+
+    with pytest.raises(Exception, match=r"would read state that has moved.* out of the checkpoint"):
+        call(x, weight, buffer)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_a_compiled_graph_inside_a_checkpoint_is_refused_not_wrong(reentrant):
+    torch._dynamo.reset()
+    layer = normkit.BatchRenorm(3, r_steps=(0, 0), d_steps=(0, 0))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, requires_grad=True)
+    y = checkpoint(compiled, x, use_reentrant=reentrant)
+    with pytest.raises(Exception, match=r"would read state that has moved.* out of the checkpoint"):
+        y.square().sum().backward()

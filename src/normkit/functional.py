@@ -184,7 +184,7 @@ def batch_renorm(
         d_limit = d_max * _opened(step, d_steps)
         return r.clamp(1 / r_limit, r_limit), d.clamp(-d_limit, d_limit)
 
-    r, d = recompute.remember(correction)
+    r, d = recompute.remember(correction, moves=True)
     corrected = affine.after(r, d, input.dim())
     y, batch = _by_batch(BATCH, input, corrected, eps, act, mask, residual)
     running = Running(
@@ -503,7 +503,9 @@ def _by_running(
     if aten.exporting() and mask is None:
         inputs = Inputs(input, affine.weight, affine.bias, residual)
         return aten.by_running(spec, inputs, running_mean, running_var)
-    mean, rstd = recompute.remember(lambda: statistics.given(running_mean, running_var, eps, input))
+    mean, rstd = recompute.remember(
+        lambda: statistics.given(running_mean, running_var, eps, input), moves=False
+    )
     return _normalize(spec, input, affine, mask=mask, residual=residual, mean=mean, rstd=rstd)[0]
 
 

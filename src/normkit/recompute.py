@@ -4,7 +4,7 @@
 a forward reads from state that moves (running averages, a power iteration's vectors) goes through
 `remember`; where it moves state, it asks `recomputing` first:
 
-    r, d = recompute.remember(lambda: correction(batch, running))
+    r, d = recompute.remember(lambda: correction(batch, running), moves=True)
     if not recompute.recomputing():
         running.copy_(...)
 
@@ -24,6 +24,8 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+from torch.fx import traceback
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 
 T = TypeVar("T")
@@ -36,7 +38,7 @@ def recomputing() -> bool:
     )
 
 
-def remember(read: Callable[[], T]) -> T:
+def remember(read: Callable[[], T], *, moves: bool) -> T:
     """What `read()` returns; in a recomputation, what it returned in the forward recomputed.
 
     The k-th call within a checkpointed region gets, in every recomputation of the region, the
@@ -45,15 +47,19 @@ def remember(read: Callable[[], T]) -> T:
 
     Args:
         read: reads state and, where `recomputing()` is False, may move it.
+        moves: whether this forward moves the state that is read, there or later.
 
     Raises:
-        RuntimeError: a recomputation that calls more often than its forward did.
+        RuntimeError: a recomputation that calls more often than its forward did; torch.compile
+            and a checkpoint around each other, around state that moves.
 
     A backward that repeats a forward without `torch.utils.checkpoint` warns, and reads the state
     as it is now.
     """
-    if torch.compiler.is_compiling():  # its partitioner recomputes from values, never from state
-        return read()
+    if torch.compiler.is_compiling():
+        value = read()
+        moves &= torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        return tree_map_only(torch.Tensor, _saved, value) if moves else value
     repeated = _recomputed_region()
     if repeated is not None:
         value = _reads(repeated.region).again(repeated.run)
@@ -68,6 +74,30 @@ def remember(read: Callable[[], T]) -> T:
     for region in _recorded_regions():
         _reads(region).values.append(value)
     return value
+
+
+@torch.library.custom_op("normkit::saved", mutates_args=())
+def _saved(value: torch.Tensor) -> torch.Tensor:
+    """A copy that a compiled backward saves, since it recomputes no operator of others.
+
+    Without it, torch.compile saves the state itself, and recomputes from it when it has moved.
+    """
+    if recomputing():
+        raise RuntimeError(_EITHER)
+    return value.clone()
+
+
+@_saved.register_fake
+def _(value: torch.Tensor) -> torch.Tensor:
+    if "ac_graph_id" in traceback.get_current_meta():  # a checkpoint inside the compiled function
+        raise RuntimeError(_EITHER)
+    return torch.empty_like(value)
+
+
+_EITHER = (
+    "a compiled recomputation would read state that has moved since its forward; leave this layer "
+    "out of the checkpoint or out of torch.compile"
+)
 
 
 @dataclass
