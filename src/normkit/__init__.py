@@ -1,7 +1,9 @@
 """Normalization layers, kernels, studies and tools for PyTorch."""
 
-from . import functional
+from . import functional, parametrizations
+from .beside import DyT, FilterResponseNorm, GlobalResponseNorm
 from .dispatch import backends, explain, info
+from .factory import create
 from .layers import (
     BatchNorm,
     BatchNorm1d,
@@ -11,12 +13,14 @@ from .layers import (
     FrozenBatchNorm,
     GhostBatchNorm,
     GroupNorm,
+    InstanceNorm,
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
     RMSNorm,
 )
+from .standardize import Standardize
 from .state import functional_call
 
 __version__ = "0.1.0"
@@ -27,17 +31,24 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchRenorm",
+    "DyT",
+    "FilterResponseNorm",
     "FrozenBatchNorm",
     "GhostBatchNorm",
+    "GlobalResponseNorm",
     "GroupNorm",
+    "InstanceNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
     "RMSNorm",
+    "Standardize",
     "backends",
+    "create",
     "explain",
     "functional",
     "functional_call",
     "info",
+    "parametrizations",
 ]

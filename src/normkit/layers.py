@@ -395,7 +395,7 @@ class BatchRenorm(BatchNorm):
 
 
 class _InstanceLayer(_Norm, _InstanceNorm):
-    unbatched_rank: int
+    unbatched_rank: int | None = None
 
     def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -417,6 +417,7 @@ class _InstanceLayer(_Norm, _InstanceNorm):
         """
         if self.training and self.track_running_stats:
             self._warn_if_exported()
+        unbatched = self.unbatched_rank
         return self._call(
             functional.instance_norm,
             input,
@@ -430,7 +431,7 @@ class _InstanceLayer(_Norm, _InstanceNorm):
             mask=mask,
             residual=residual,
             act=self.act,
-            ranks=(self.unbatched_rank, self.unbatched_rank + 1),
+            ranks=None if unbatched is None else (unbatched, unbatched + 1),
             num_features=self.num_features,
         )
 
@@ -464,6 +465,13 @@ class InstanceNorm3d(_InstanceLayer, nn.InstanceNorm3d):
     """Drop-in for `torch.nn.InstanceNorm3d`, for 5-d or 4-d input; as `InstanceNorm1d`."""
 
     unbatched_rank = 4
+
+
+class InstanceNorm(_InstanceLayer):
+    """Instance normalization of any (N, C, *) with at least one position axis; as `InstanceNorm1d`.
+
+    There is no unbatched form, which couldn't be told from a batched one.
+    """
 
 
 class GroupNorm(_Norm, nn.GroupNorm):
