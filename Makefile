@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check chromium clean
+.PHONY: demo test check bench sanitize chromium clean
 
 demo: .venv/ready
 	$(BIN)/normkit study speed --out runs/demo
@@ -15,11 +15,25 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Twenty minutes alone on the machine; other load falsifies it.
+bench: .venv/ready
+	$(BIN)/normkit bench --out benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/render.py
+
+# The core's tests under AddressSanitizer and UBSan, in a copy of the package.
+sanitize: .venv/ready
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r src/normkit build/sanitize/
+	rm -f build/sanitize/normkit/_cpu*
+	NORMKIT_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-temp build/sanitize-objects --build-lib build/sanitize
+	PYTHONPATH=build/sanitize LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  $(BIN)/python -m pytest tests/test_cpu.py tests/test_oracle.py -p no:cacheprovider
+
 # torch first and pinned: a plain `torch` resolves to a build with gigabytes of CUDA.
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel ninja
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[lab,test,dev]"
 	touch $@
 

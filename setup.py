@@ -17,6 +17,9 @@ class OptionalBuild(BuildExtension):
             print(f"normkit: installing without its C++ core: {error}", file=sys.stderr)
 
 
+SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-O1"]
+sanitize = SANITIZE if os.environ.get("NORMKIT_SANITIZE") == "1" else []
+
 CORE = CppExtension(
     "normkit._cpu",
     [f"csrc/{name}.cpp" for name in ("ops", "kernels_portable", "kernels_avx2", "kernels_avx512")],
@@ -24,7 +27,9 @@ CORE = CppExtension(
     extra_compile_args=[
         *("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
         *("-Wall", "-Wextra", "-Wno-psabi"),
+        *sanitize,
     ],
+    extra_link_args=sanitize,
     py_limited_api=True,
     optional=True,
 )

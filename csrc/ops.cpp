@@ -156,15 +156,19 @@ float widened(BFloat16 value) {
   return f;
 }
 
-// The n values of a small tensor, or of one that stands for all of them.
+void check_values(const char* op, const char* name, const Tensor& t, int64_t n) {
+  check_cpu(op, name, t);
+  STD_TORCH_CHECK(t.numel() == n, op, ": ", name, " must have ", n, " values, got shape ",
+                  shown(t.sizes()));
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
+                  shown(t.strides()));
+}
+
+// The n values of a small tensor, or one value n times.
 template <class T>
 std::vector<T> values(const char* op, const char* name, const Optional& t, int64_t n, T otherwise) {
   if (!t) return std::vector<T>(static_cast<size_t>(n), otherwise);
-  check_cpu(op, name, *t);
-  STD_TORCH_CHECK(t->numel() == n, op, ": ", name, " must have ", n, " values, got shape ",
-                  shown(t->sizes()));
-  STD_TORCH_CHECK(t->is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
-                  shown(t->strides()));
+  check_values(op, name, *t, n);
   std::vector<T> out(static_cast<size_t>(n));
   auto put = [&](int64_t i, auto v) { out[static_cast<size_t>(i)] = static_cast<T>(v); };
   switch (storage_of(op, *t)) {
@@ -292,10 +296,18 @@ Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed
 constexpr size_t kHuge = size_t{1} << 21;
 constexpr size_t kHugeFrom = size_t{1} << 25;
 
+// Straight to the allocator: an operator of torch would cost a microsecond more through the stack.
+Tensor new_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides, static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 // A tensor like x. A fresh large allocation costs a page fault every 4 KiB; huge pages cost one
 // every 2 MiB. Below 32 MiB malloc keeps what was freed, and nothing is gained.
 Tensor new_like(const Tensor& x) {
-  Tensor t = torch::stable::empty_like(x);
+  Tensor t = new_strided(x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type());
   size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
   if (bytes >= kHugeFrom) {
     auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
@@ -306,11 +318,13 @@ Tensor new_like(const Tensor& x) {
 }
 
 Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] ? sizes[i] : 1);
+  return new_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
 }
 
 Tensor parameter_like(const Tensor& like, const std::vector<double>& values) {
-  Tensor t = torch::stable::empty_like(like);
+  Tensor t = new_strided(like.dim(), like.sizes().data(), like.strides().data(), like.scalar_type());
   void* p = t.mutable_data_ptr();
   switch (like.scalar_type()) {
     case ScalarType::Float:
@@ -344,8 +358,7 @@ struct Prepared {
   int storage;
   ScalarType compute;
   Geometry geometry;
-  std::vector<float> weight, bias;
-  std::vector<double> wide_weight, wide_bias;
+  std::vector<double> weight, bias;  // where they have to be converted; room for either dtype
   Call call{};
 
   Prepared(const char* op, const Tensor& x, const Optional& weight_, const Optional& bias_,
@@ -361,23 +374,32 @@ struct Prepared {
     geometry = normkit::geometry(op, x, layout, summed, groups, trailing);
     if (residual) check_like(op, "residual", *residual, x, layout, x.scalar_type());
     if (mask) check_like(op, "mask", *mask, x, layout, ScalarType::Bool);
-    if (storage == kDouble) {
-      wide_weight = values<double>(op, "weight", weight_, geometry.entries, 1);
-      wide_bias = values<double>(op, "bias", bias_, geometry.entries, 0);
-      call.weight = wide_weight.data();
-      call.bias = wide_bias.data();
-    } else {
-      weight = values<float>(op, "weight", weight_, geometry.entries, 1);
-      bias = values<float>(op, "bias", bias_, geometry.entries, 0);
-      call.weight = weight.data();
-      call.bias = bias.data();
-    }
+    call.weight = affine(op, "weight", weight_, 1, weight);
+    call.bias = affine(op, "bias", bias_, 0, bias);
     call.x = x.const_data_ptr();
     call.residual = data(residual);
     call.mask = static_cast<const uint8_t*>(data(mask));
     call.eps = eps;
     call.center = center;
     call.act = act_of(op, act);
+  }
+
+  // The values of weight or bias in the compute dtype: their own memory where that is their dtype.
+  const void* affine(const char* op, const char* name, const Optional& t, double otherwise,
+                     std::vector<double>& room) const {
+    int64_t n = geometry.entries;
+    if (t && t->scalar_type() == compute) {
+      check_values(op, name, *t, n);
+      return t->const_data_ptr();
+    }
+    room.resize(static_cast<size_t>(n));
+    if (storage == kDouble) {
+      room = values<double>(op, name, t, n, otherwise);
+    } else {
+      auto narrow = values<float>(op, name, t, n, static_cast<float>(otherwise));
+      std::memcpy(room.data(), narrow.data(), narrow.size() * sizeof(float));
+    }
+    return room.data();
   }
 
   void put(void* p, int64_t i, double value) const {

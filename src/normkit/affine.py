@@ -30,7 +30,7 @@ class Affine(NamedTuple):
         """weight and bias, checked; `plain` is the shape of those that all samples share."""
         for name, parameter in (("weight", weight), ("bias", bias)):
             _check(name, parameter, pool, x, plain)
-        if all(p is None or tuple(p.shape) == plain for p in (weight, bias)):
+        if (weight is None or weight.shape == plain) and (bias is None or bias.shape == plain):
             return cls(weight, bias)
         return cls(_full_rank(weight, pool, x), _full_rank(bias, pool, x), conditional=True)
 

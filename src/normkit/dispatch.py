@@ -51,5 +51,7 @@ def info() -> str:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
     }
     rows |= {f"backend {name}": why or "available" for name, why in backends().items()}
+    if backends()["cpu"] is None:
+        rows["backend cpu"] += f", {backend.cpu.instructions()}"
     width = max(map(len, rows))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())

@@ -465,7 +465,7 @@ def _by_ghosts(
         own = affine._replace(weight=weight, bias=bias)
         y, batch = _by_batch(pool, block, own, eps, act, *rest)
         ys.append(y)
-        moments.append([moment.reshape(how_many, -1) for moment in batch])
+        moments.append([moment.reshape(how_many, -1) for moment in batch.spread()])
     whole = statistics.pooled(Moments(*map(torch.cat, zip(*moments, strict=True))))
     return ys[0] if len(ys) == 1 else torch.cat(ys), whole
 

@@ -29,6 +29,11 @@ def write(buffer: Tensor, value: Tensor) -> None:
         written[id(buffer)] = value.to(buffer.dtype)
 
 
+def in_place() -> bool:
+    """Whether buffers are written in place, and not inside `functional_call`."""
+    return _written.get() is None
+
+
 def functional_call(
     module: nn.Module,
     parameters_and_buffers: Mapping[str, Tensor] | tuple[Mapping[str, Tensor], ...],

@@ -7,6 +7,8 @@ Autograd, running statistics and ranks live above this seam, once.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -22,10 +24,22 @@ def choose(spec: Spec, inputs: Inputs) -> ModuleType:
     """The first backend that takes this call."""
     for calls in _watching:
         calls.append((spec, inputs))
-    for backend in BACKENDS.values():
-        if backend.available() is None and backend.why_not(spec, inputs) is None:
-            return backend
+    for name, backend in BACKENDS.items():
+        missing = backend.available()
+        if missing is None:
+            if backend.why_not(spec, inputs) is None:
+                return backend
+        elif inputs.x.device.type == backend.DEVICE:
+            _announce(name, missing)
     raise RuntimeError("no backend takes this call; " + "; ".join(reasons(spec, inputs)))
+
+
+@functools.cache
+def _announce(name: str, missing: str) -> None:
+    """Said once: torch's operators are right, and slower."""
+    warnings.warn(
+        f"normkit's {name} backend can't be used: {missing}", RuntimeWarning, stacklevel=2
+    )
 
 
 def reasons(spec: Spec, inputs: Inputs) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..spec import ACTS, Inputs, Spec, compute_dtype
 
+DEVICE = "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SUMMED = {"ns": 0, "s": 1, "ks": 2, "k": 3}
 _ACTS = {act: code for code, act in enumerate((None, *ACTS))}

@@ -1,0 +1,302 @@
+"""The C++ core: bitwise the same however it runs, right on every instruction set, safe on any call."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import normkit
+from normkit import backend
+from normkit.backend import cpu
+
+pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
+
+INSTRUCTIONS = ("avx512", "avx2", "portable")
+
+# (layer, shape, layout): long and short runs, pools fewer and more than threads, odd sizes.
+CASES = [
+    (lambda: normkit.BatchNorm(3), (5, 3, 61, 59), "contiguous"),
+    (lambda: normkit.BatchNorm(70, act="relu"), (9, 70, 7, 7), "contiguous"),
+    (lambda: normkit.BatchNorm(70, act="silu"), (9, 70, 17, 7), "channels_last"),
+    (lambda: normkit.BatchNorm(33), (65, 33, 5), "contiguous"),
+    (lambda: normkit.BatchNorm(100), (700, 100), "contiguous"),
+    (lambda: normkit.InstanceNorm2d(3, affine=True), (1, 3, 130, 131), "contiguous"),
+    (lambda: normkit.InstanceNorm2d(40, affine=True), (6, 40, 19, 11), "channels_last"),
+    (lambda: normkit.GroupNorm(4, 36), (2, 36, 21, 13), "contiguous"),
+    (lambda: normkit.GroupNorm(4, 36, act="gelu"), (5, 36, 21, 13), "channels_last"),
+    (lambda: normkit.GroupNorm(5, 35), (1100, 35), "contiguous"),
+    (lambda: normkit.LayerNorm(37, channels_first=True), (3, 37, 23, 11), "contiguous"),
+    (lambda: normkit.LayerNorm(37, channels_first=True), (3, 37, 23, 11), "channels_last"),
+    (lambda: normkit.LayerNorm(129), (701, 129), "contiguous"),
+    (lambda: normkit.LayerNorm(70_001), (2, 70_001), "contiguous"),
+    (lambda: normkit.RMSNorm(129, act="leaky_relu"), (701, 129), "contiguous"),
+    (lambda: normkit.GhostBatchNorm(20, 4), (12, 20, 9, 9), "contiguous"),
+]
+
+
+def run(case, dtype=torch.float32, masked=False):
+    """y, the gradients and the running statistics of a training step."""
+    make, shape, layout = case
+    torch.manual_seed(1)
+    layer = make().to(dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape) + 0.5)
+    x = (torch.randn(shape) * 3 + 5).to(dtype)
+    dy = torch.randn(shape).to(dtype)
+    if layout == "channels_last":
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    mask = torch.rand(shape) < 0.7 if masked else None
+    x.requires_grad_()
+    y = layer(x, mask=mask)
+    gradients = torch.autograd.grad(y, [x, *layer.parameters()], dy)
+    return [t.detach() for t in (y, *gradients, *layer.buffers())]
+
+
+@pytest.fixture
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_every_bit_is_the_same_on_any_number_of_threads(case, dtype, masked, _threads):
+    torch.set_num_threads(1)
+    alone = run(CASES[case], dtype, masked)
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        for one, many in zip(alone, run(CASES[case], dtype, masked), strict=True):
+            assert torch.equal(one, many) and one.stride() == many.stride()
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in range(len(CASES)) if "Batch" not in str(type(CASES[c][0]()))]
+)
+def test_a_sample_of_a_row_norm_does_not_depend_on_the_others(case):
+    make, shape, layout = CASES[case]
+    layer = make()
+    x, dy = torch.randn(2, *shape)
+    if layout == "channels_last":
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    x.requires_grad_()
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    last = slice(shape[0] - 1, shape[0])
+    alone = x[last].detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y_alone = layer(alone)
+    (dx_alone,) = torch.autograd.grad(y_alone, alone, dy[last].clone())
+    assert torch.equal(y[last], y_alone)
+    assert torch.equal(dx[last], dx_alone)
+
+
+def test_every_instruction_set_gives_the_same_bits():
+    """Each in a process of its own, since the choice is made once."""
+    script = (
+        "import hashlib, json, sys; sys.path.insert(0, sys.argv[1]); import torch, test_cpu\n"
+        "from normkit.backend import cpu\n"
+        "digests = [hashlib.sha256(b''.join(t.float().numpy().tobytes() for t in "
+        "test_cpu.run(case, dtype))).hexdigest() for case in test_cpu.CASES "
+        "for dtype in (torch.float32, torch.bfloat16, torch.float16)]\n"
+        "print(json.dumps([cpu.instructions(), digests]))"
+    )
+    ran = {}
+    for wanted in INSTRUCTIONS:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script, str(Path(__file__).parent)],
+            env=os.environ | {"NORMKIT_CPU": wanted},
+            capture_output=True,
+            text=True,
+        )
+        if f"NORMKIT_CPU={wanted}: this processor and build offer" in done.stderr:
+            continue
+        assert done.returncode == 0, done.stderr
+        name, ran[wanted] = json.loads(done.stdout)
+        assert name == wanted
+    print("ran:", *ran)
+    assert "portable" in ran
+    assert all(digests == ran["portable"] for digests in ran.values())
+
+
+def test_without_the_extension_the_reference_serves_and_says_so_once():
+    script = (
+        "import warnings, torch, normkit\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    layer = normkit.LayerNorm(4)\n"
+        "    y = layer(torch.randn(2, 4)); layer(torch.randn(2, 4))\n"
+        "print(len(said), said[0].message, normkit.backends()['cpu'], float(y.mean().abs()) < 1e-6)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"NORMKIT_NO_EXTENSION": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("1 ")
+    assert "switched off by NORMKIT_NO_EXTENSION=1" in done.stdout
+    assert done.stdout.strip().endswith("True")
+
+
+def test_what_fits_the_core_runs_on_it():
+    for layer, shape in ((normkit.BatchNorm2d(4), (2, 4, 3, 3)), (normkit.RMSNorm(4), (5, 4))):
+        assert "runs on: cpu" in normkit.explain(layer, torch.randn(shape))
+    conditional = normkit.explain(
+        normkit.GroupNorm(2, 4), torch.randn(2, 4, 3), weight=torch.ones(2, 4)
+    )
+    assert "runs on: reference" in conditional
+    assert "cpu: weight or bias is given per sample" in conditional
+
+
+SAVED = {
+    "plain": (lambda: normkit.BatchNorm(16), False, 1),
+    "relu": (lambda: normkit.BatchNorm(16, act="relu"), False, 1),
+    "add+relu": (lambda: normkit.BatchNorm(16, act="relu"), True, 2),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_the_backward_saves(name):
+    make, residual, whole = SAVED[name]
+    x = torch.randn(4, 16, 9, 9, requires_grad=True)
+    saved = []
+
+    def pack(t):
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = make()(x, residual=torch.randn_like(x) if residual else None)
+    large = {t.data_ptr() for t in saved if t.numel() == x.numel()}
+    assert len(large) == whole
+    assert large == ({x.data_ptr()} if whole == 1 else {x.data_ptr(), y.data_ptr()})
+
+
+# ---- calls of the operators themselves, however wrong
+
+sizes = st.lists(st.integers(0, 5), min_size=0, max_size=5)
+dtypes = st.sampled_from(
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+)
+
+
+@st.composite
+def tensors(draw, like=None):
+    if like is not None and draw(st.booleans()):
+        shape, dtype = like
+    else:
+        shape, dtype = tuple(draw(sizes)), draw(dtypes)
+    kind = draw(st.sampled_from(["dense", "permuted", "expanded", "sliced", "huge"]))
+    base = torch.ones(shape, dtype=dtype)
+    if kind == "permuted" and base.dim() > 1:
+        order = draw(st.permutations(range(base.dim())))
+        return base.permute(order)
+    if kind == "expanded" and base.dim():
+        return torch.ones((), dtype=dtype).expand(shape)
+    if kind == "sliced" and base.dim():
+        return torch.ones((*shape[:-1], shape[-1] * 2), dtype=dtype)[..., ::2]
+    if kind == "huge" and base.dim() and base.numel() == 0:
+        return base.as_strided(shape, [2**40] * base.dim())
+    return base
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_no_call_is_out_of_bounds(data):
+    """Right or refused: with all inputs 1, whatever comes back is finite and of x's shape."""
+    x = data.draw(tensors())
+    like = (tuple(x.shape), x.dtype)
+    channels = x.shape[1] if x.dim() > 1 else 0
+    small = st.one_of(st.none(), tensors((((channels,)), torch.float32)))
+    same = st.one_of(st.none(), tensors(like))
+    mask = st.one_of(st.none(), tensors((tuple(x.shape), torch.bool)))
+    constants = (
+        data.draw(st.integers(-1, 4)),
+        data.draw(st.integers(-2, 6)),
+        data.draw(st.integers(-1, 6)),
+        data.draw(st.sampled_from([1e-5, 1.0, -1.0, float("nan")])),
+        data.draw(st.booleans()),
+        data.draw(st.integers(-1, 5)),
+    )
+    weight, bias, residual, masked = map(data.draw, (small, small, same, mask))
+    given_mean, given_var = data.draw(small), data.draw(small)
+    try:
+        y, mean, rstd, _ = torch.ops.normkit.normalize(
+            x, weight, bias, residual, masked, given_mean, given_var, *constants
+        )
+    except RuntimeError as error:
+        assert "normkit::normalize" in str(error)
+        y, mean, rstd = x, data.draw(tensors()), data.draw(tensors())
+    else:
+        assert y.shape == x.shape and y.dtype == x.dtype
+        assert y.isfinite().all()
+    dy, output = data.draw(tensors(like)), data.draw(same)
+    try:
+        dx, *_ = torch.ops.normkit.normalize_backward(
+            *(dy, x, weight, bias, residual, output, masked, mean, rstd, data.draw(same)),
+            *(*constants, data.draw(st.booleans()), data.draw(st.booleans())),
+        )
+    except RuntimeError as error:
+        assert "normkit::normalize_backward" in str(error)
+    else:
+        assert dx.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"weight": torch.ones(3)},
+            r"normkit::normalize: weight must have 4 values, got shape \(3,\)",
+        ),
+        (
+            {"x": torch.ones(2, 4, 6)[..., ::2]},
+            r"x must be contiguous or channels_last, got strides",
+        ),
+        ({"residual": torch.ones(2, 4)}, r"residual must have x's shape \(2, 4, 3\), got \(2, 4\)"),
+        ({"mask": torch.ones(2, 4, 3)}, r"mask must be Bool, got Float"),
+        ({"x": torch.ones(2, 4, 3, dtype=torch.int32)}, r"x must be float32, bfloat16, float16"),
+        ({"act": 9}, r"unknown act 9"),
+        ({"eps": -1.0}, r"eps must be finite and >= 0, got -1"),
+        ({"summed": 2, "groups": 3}, r"groups must divide the 4 channels, got 3"),
+        ({"mean": torch.zeros(4)}, r"mean and var go together"),
+    ],
+)
+def test_a_wrong_call_says_what_was_expected_and_met(change, message):
+    call = dict(
+        x=torch.ones(2, 4, 3), weight=None, bias=None, residual=None, mask=None, mean=None,
+        var=None, summed=0, groups=0, trailing=0, eps=1e-5, center=True, act=0,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.normkit.normalize(**call | change)
+
+
+@pytest.mark.parametrize("pool", ["batch", "row"])
+def test_nan_and_inf_stay_where_they_are(pool):
+    x = torch.randn(8, 6, 40)
+    x[3, 2, 5], x[4, 4, 7] = float("nan"), float("inf")
+    x.requires_grad_()
+    layer = normkit.BatchNorm(6) if pool == "batch" else normkit.LayerNorm(40)
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    hit = torch.zeros(8, 6, 40, dtype=torch.bool)
+    if pool == "batch":
+        hit[:, [2, 4]] = True
+    else:
+        hit[3, 2] = hit[4, 4] = True
+    assert y[~hit].isfinite().all() and dx[~hit].isfinite().all()
+    assert not y[hit].isfinite().all()
+
+
+def test_the_choice_is_visible():
+    assert list(backend.BACKENDS) == ["cpu", "reference"]
+    assert cpu.instructions() in normkit.info()
