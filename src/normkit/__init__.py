@@ -14,6 +14,7 @@ from .layers import (
     LayerNorm,
     RMSNorm,
 )
+from .tools.recalibrate import recalibrate
 
 __version__ = "0.1.0"
 
@@ -32,4 +33,5 @@ __all__ = [
     "explain",
     "functional",
     "info",
+    "recalibrate",
 ]
