@@ -15,6 +15,7 @@ from .layers import (
     RMSNorm,
 )
 from .tools.recalibrate import recalibrate
+from .tools.swap import swap
 
 __version__ = "0.1.0"
 
@@ -34,4 +35,5 @@ __all__ = [
     "functional",
     "info",
     "recalibrate",
+    "swap",
 ]

@@ -133,6 +133,17 @@ def _add_tools(commands: Any) -> None:
     add("--only", metavar="PATTERN", help=only)
     add("--out", type=Path, metavar="FILE", help=out)
 
+    add = tool("swap", "replace the norms of a model, keeping weights and all else")
+    add(
+        "--to",
+        help="batch, instance, group, group:8, layer, rms, sync or none (default: "
+        "normkit's layer of the same kind)",
+    )
+    add("--only", metavar="PATTERN", help=only)
+    add("--groups", type=int, metavar="N", help="at most so many groups (default: 32)")
+    add("--fuse", action="store_true", default=None, help="fuse activations and sums, by torch.fx")
+    add("--out", type=Path, metavar="FILE", help=out)
+
 
 def _study(options: argparse.Namespace) -> int:
     missing = [name for name in _LAB_NEEDS if importlib.util.find_spec(name) is None]

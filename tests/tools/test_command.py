@@ -76,3 +76,13 @@ def test_a_model_without_norms_says_so_and_ends_with_0(setup, capsys):
     body = "    return {'model': nn.Linear(2, 2), 'loader': [torch.ones(2, 2)]}\n"
     assert main(["recalibrate", setup(body)]) == 0
     assert "no layer keeps running statistics" in capsys.readouterr().out
+
+
+def test_swap_takes_its_options(setup, capsys):
+    body = "    return {'model': nn.Sequential(nn.BatchNorm2d(8)), 'example': torch.ones(2, 8, 2, 2)}\n"
+    assert main(["swap", setup(body), "--to", "group", "--groups", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "GroupNorm(2 groups)" in said
+    assert "largest change of the output: " in said
+    assert main(["swap", setup(body), "--to", "grouped"]) == 1
+    assert "unknown to='grouped'" in capsys.readouterr().err
