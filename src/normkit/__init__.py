@@ -14,6 +14,7 @@ from .layers import (
     LayerNorm,
     RMSNorm,
 )
+from .tools.fold import fold
 from .tools.recalibrate import recalibrate
 from .tools.swap import swap
 
@@ -32,6 +33,7 @@ __all__ = [
     "RMSNorm",
     "backends",
     "explain",
+    "fold",
     "functional",
     "info",
     "recalibrate",

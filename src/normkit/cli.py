@@ -144,6 +144,11 @@ def _add_tools(commands: Any) -> None:
     add("--fuse", action="store_true", default=None, help="fuse activations and sums, by torch.fx")
     add("--out", type=Path, metavar="FILE", help=out)
 
+    add = tool("fold", "fold the norms of evaluation into the layers beside them")
+    add("--only", metavar="PATTERN", help=only)
+    add("--tolerance", type=float, metavar="T", help="largest error over largest output")
+    add("--out", type=Path, metavar="FILE", help=out)
+
 
 def _study(options: argparse.Namespace) -> int:
     missing = [name for name in _LAB_NEEDS if importlib.util.find_spec(name) is None]

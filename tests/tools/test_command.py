@@ -79,10 +79,20 @@ def test_a_model_without_norms_says_so_and_ends_with_0(setup, capsys):
 
 
 def test_swap_takes_its_options(setup, capsys):
-    body = "    return {'model': nn.Sequential(nn.BatchNorm2d(8)), 'example': torch.ones(2, 8, 2, 2)}\n"
+    net = "nn.Sequential(nn.BatchNorm2d(8))"
+    body = f"    return {{'model': {net}, 'example': torch.ones(2, 8, 2, 2)}}\n"
     assert main(["swap", setup(body), "--to", "group", "--groups", "2"]) == 0
     said = capsys.readouterr().out
     assert "GroupNorm(2 groups)" in said
     assert "largest change of the output: " in said
     assert main(["swap", setup(body), "--to", "grouped"]) == 1
     assert "unknown to='grouped'" in capsys.readouterr().err
+
+
+def test_fold_refuses_by_name(setup, capsys):
+    net = "nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval()"
+    body = f"    return {{'model': {net}, 'example': torch.randn(4, 2)}}\n"
+    assert main(["fold", setup(body), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["folded"] == 1
+    assert main(["fold", setup(body), "--tolerance", "0"]) == 1
+    assert "folding 0 -> 1" in capsys.readouterr().err

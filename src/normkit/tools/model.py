@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on one item of a loader: `forward(model, batch)`."""
@@ -139,6 +140,21 @@ def preserved(model: nn.Module, loader: Any = None) -> Iterator[None]:
             restore()
 
 
+@contextmanager
+def undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put submodules and parameters back where they were if something raises inside."""
+    held = [(m, dict(m._modules), dict(m._parameters)) for m in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, children, parameters in held:
+            module._modules.clear()
+            module._modules.update(children)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        raise
+
+
 def _dicts(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
     return [(value, dict(value)) for value in vars(module).values() if isinstance(value, dict)]
 
@@ -162,3 +178,18 @@ def _random_state(loader: Any) -> list[Callable[[], Any]]:
         if isinstance(generator, torch.Generator):
             keep(generator.get_state, generator.set_state)
     return restores
+
+
+def outputs(model: nn.Module, example: Any, run: Forward) -> list[Tensor]:
+    """The tensors that the model puts out in evaluation; none without an example."""
+    if example is None:
+        return []
+    with preserved(model), torch.no_grad():
+        all_off(model)
+        return [y.clone() for y in tree_leaves(run(model, example)) if isinstance(y, Tensor)]
+
+
+def largest(before: list[Tensor], after: list[Tensor] | None = None) -> float:
+    """The largest difference of two sets of outputs, or the largest value of one."""
+    pairs = zip(before, after or [y.new_zeros(()) for y in before], strict=True)
+    return max((float((a.double() - b.double()).abs().max()) for a, b in pairs), default=0.0)

@@ -7,12 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from .build import KINDS, Make, adopt, make, tensor_like
 from .fuse import fuse_epilogues
-from .model import Forward, Only, ToolError, all_off, chosen, first_input, preserved, taken
+from .model import (
+    Forward,
+    Only,
+    ToolError,
+    chosen,
+    first_input,
+    largest,
+    outputs,
+    taken,
+    undone_on_failure,
+)
 from .norms import Norm, is_norm, read
 from .table import Report
 
@@ -81,21 +90,15 @@ def swap(
     kind, groups = _kind(to, groups)
     model = taken(model, copy)
     run = forward or first_input
-    before = _outputs(model, example, run)
-    structure = [(module, dict(module._modules)) for module in model.modules()]
+    before = outputs(model, example, run)
     parameters = list(model.parameters())
-    try:
-        rows, result, joined = _swap_all(model, kind, to, only, groups)
-        fused: dict[str, str] = {}
-        untraced: dict[str, str] = {}
+    fused: dict[str, str] = {}
+    untraced: dict[str, str] = {}
+    with undone_on_failure(model):
+        rows, result, pairs = _swap_all(model, kind, to, only, groups)
         if fuse:
             result, fused, untraced = fuse_epilogues(result, example, run)
-        after = _outputs(result, example, run)
-    except Exception:
-        for module, children in structure:
-            module._modules.clear()
-            module._modules.update(children)
-        raise
+        after = outputs(result, example, run)
     for row in rows:
         row.note = "; ".join(filter(None, (row.note, fused.get(row.layer))))
     left = sum(row.note.startswith("left: ") for row in rows)
@@ -104,11 +107,11 @@ def swap(
         facts["note"] = "no norms here; nothing to do"
     if fuse:
         facts |= {"fused": len(fused), "not traced": untraced or None}
-    facts |= _mend(optimizer, parameters, list(result.parameters()), joined)
+    facts |= _mend(optimizer, parameters, list(result.parameters()), pairs)
     if example is not None:
         facts |= {
-            "largest change of the output": _largest(before, after),
-            "largest output": _largest(before),
+            "largest change of the output": largest(before, after),
+            "largest output": largest(before),
         }
     return Report(result, rows, facts)
 
@@ -228,16 +231,3 @@ def _mend(
     if homeless:
         said += f"; {len(homeless)} belong to no group, add them by add_param_group"
     return {"optimizer": said}
-
-
-def _outputs(model: nn.Module, example: Any, run: Forward) -> list[Tensor]:
-    if example is None:
-        return []
-    with preserved(model), torch.no_grad():
-        all_off(model)
-        return [y.clone() for y in tree_leaves(run(model, example)) if isinstance(y, Tensor)]
-
-
-def _largest(before: list[Tensor], after: list[Tensor] | None = None) -> float:
-    pairs = zip(before, after or [y.new_zeros(()) for y in before], strict=True)
-    return max((float((a.double() - b.double()).abs().max()) for a, b in pairs), default=0.0)
