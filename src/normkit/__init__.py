@@ -15,6 +15,7 @@ from .layers import (
     RMSNorm,
 )
 from .tools.fold import fold
+from .tools.inspect import inspect
 from .tools.recalibrate import recalibrate
 from .tools.swap import swap
 
@@ -36,6 +37,7 @@ __all__ = [
     "fold",
     "functional",
     "info",
+    "inspect",
     "recalibrate",
     "swap",
 ]

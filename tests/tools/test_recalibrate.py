@@ -1,13 +1,11 @@
 """recalibrate: exact statistics, nothing else touched, nothing left after a failure."""
 
-import functools
-import multiprocessing
 import random
-import socket
 
 import numpy as np
 import pytest
 import torch
+from ranks import on_ranks
 from states import state_of
 from torch import nn
 
@@ -257,54 +255,24 @@ def test_a_filter_takes_names_or_a_predicate():
     assert net[6].num_batches_tracked == 3
 
 
-def rank_main(rank, port, sizes, sequential, fail, results):
-    torch.set_num_threads(1)
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def recalibrate_rank(rank, sizes, fail=False):
     torch.manual_seed(0)
     net = network()
     data = torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(7))
     mine = data.split([sum(sizes[0]), sum(sizes[1])])[rank].split(sizes[rank])
-    try:
-        normkit.recalibrate(
-            net,
-            [] if fail and rank else list(mine),
-            sequential=sequential,
-            forward=functools.partial(broken, rank) if fail else None,
-        )
-        results.put(
-            (rank, [net[i].running_mean.tolist() + net[i].running_var.tolist() for i in (1, 6)])
-        )
-    except Exception as error:
-        results.put((rank, f"{type(error).__name__}: {error}"))
-    torch.distributed.destroy_process_group()
+    if fail:
+        normkit.recalibrate(net, [] if rank else list(mine), broken)
+    normkit.recalibrate(net, list(mine), sequential=True)
+    return [net[i].running_mean.tolist() + net[i].running_var.tolist() for i in (1, 6)]
 
 
-def broken(rank, model, x):
+def broken(model, x):
     raise KeyError("broken")
-
-
-def on_two_ranks(sizes, sequential, fail=False):
-    spawn = multiprocessing.get_context("spawn")
-    results = spawn.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        spawn.Process(target=rank_main, args=(rank, port, sizes, sequential, fail, results))
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        rank.start()
-    got = dict(results.get(timeout=100) for _ in ranks)
-    for rank in ranks:
-        rank.join(timeout=30)
-    return got
 
 
 @pytest.mark.parametrize("sizes", [([4, 3], [5]), ([4, 4, 4], [])])
 def test_two_ranks_give_the_statistics_of_all_their_data(sizes):
-    got = on_two_ranks(sizes, sequential=True)
+    got = on_ranks(recalibrate_rank, sizes)
     assert got[0] == got[1]
     torch.manual_seed(0)
     alone = network()
@@ -316,5 +284,5 @@ def test_two_ranks_give_the_statistics_of_all_their_data(sizes):
 
 
 def test_a_failure_of_one_rank_ends_the_others_too():
-    got = on_two_ranks(([4], [8]), sequential=False, fail=True)
+    got = on_ranks(recalibrate_rank, ([4], [8]), True)
     assert got == {0: "KeyError: 'broken'", 1: "ToolError: rank 0 failed: KeyError: 'broken'"}

@@ -107,17 +107,17 @@ def all_off(model: nn.Module) -> None:
 
 
 @contextmanager
-def preserved(model: nn.Module, loader: Any = None) -> Iterator[None]:
+def preserved(model: nn.Module, *loaders: Any) -> Iterator[None]:
     """Put everything back at the end, also after an exception.
 
     That is: every module's attributes (parameters, buffers, submodules, hooks, train or eval), the
     values of all parameters and buffers, gradients, and the random state of Python, NumPy, torch
-    and the loader's own generators.
+    and the loaders' own generators.
     """
     modules = [(m, dict(vars(m)), _dicts(m)) for m in model.modules()]
     values = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    random_state = _random_state(loader)
+    random_state = _random_state(loaders)
     for parameter, _, _ in gradients:
         parameter.grad = None
     try:
@@ -159,7 +159,7 @@ def _dicts(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
     return [(value, dict(value)) for value in vars(module).values() if isinstance(value, dict)]
 
 
-def _random_state(loader: Any) -> list[Callable[[], Any]]:
+def _random_state(loaders: tuple[Any, ...]) -> list[Callable[[], Any]]:
     restores: list[Callable[[], Any]] = []
 
     def keep(get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
@@ -173,7 +173,7 @@ def _random_state(loader: Any) -> list[Callable[[], Any]]:
     if "numpy" in sys.modules:
         numpy = sys.modules["numpy"]
         keep(numpy.random.get_state, numpy.random.set_state)
-    for owner in (loader, getattr(loader, "sampler", None)):
+    for owner in (*loaders, *(getattr(loader, "sampler", None) for loader in loaders)):
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator):
             keep(generator.get_state, generator.set_state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from .model import Forward, Only, ToolError, again, all_off, chosen, first_input, preserved, taken
+from .moments import Moments, Spread
 from .table import Report
 
 _FEWEST_BATCHES = 8
@@ -34,71 +36,6 @@ class Recalibrated:
     variance_ratio: str
     standard_error: float | None
     note: str
-
-
-@dataclass
-class Moments:
-    """Count, mean and sum of squared deviations of each channel, in float64."""
-
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-
-    @staticmethod
-    def of(x: Tensor, mask: Tensor | None = None) -> Moments:
-        """The moments of each channel of (N, C, *), of the elements where mask is True."""
-        rows = x.detach().movedim(1, 0).flatten(1).double()
-        if mask is None:
-            count = torch.full_like(rows[:, 0:1].sum(1), rows.shape[1])
-            mean = rows.sum(1) / count.clamp(min=1)
-            return Moments(count, mean, (rows - mean[:, None]).square().sum(1))
-        held = mask.expand(x.shape).movedim(1, 0).flatten(1)
-        count = held.sum(1).double()
-        mean = rows.where(held, 0).sum(1) / count.clamp(min=1)
-        return Moments(count, mean, (rows - mean[:, None]).where(held, 0).square().sum(1))
-
-    def merge(self, other: Moments) -> Moments:
-        """The moments of both together.
-
-        mean = mean_a + d n_b / n, M2 = M2_a + M2_b + d² n_a n_b / n, d = mean_b - mean_a
-
-        Source: Chan, Golub & LeVeque 1979 (Stanford STAN-CS-79-773), equations 2.1.
-        """
-        count = self.count + other.count
-        share = other.count / count.clamp(min=1)
-        delta = other.mean - self.mean
-        m2 = self.m2 + other.m2 + delta.square() * self.count * share
-        return Moments(count, self.mean + delta * share, m2)
-
-    @property
-    def variance(self) -> Tensor:
-        """The unbiased variance; 0 of one value."""
-        return self.m2 / (self.count - 1).clamp(min=1)
-
-
-class Watched:
-    """A layer's moments over all values, and over the batches' means."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.all: Moments | None = None
-        self.means: Moments | None = None
-
-    def see(self, x: Tensor, mask: Tensor | None) -> None:
-        """Take in one input of the layer."""
-        self.calls += 1
-        new = Moments.of(x, mask)
-        mean = Moments.of(new.mean[None])
-        self.all = new if self.all is None else self.all.merge(new)
-        self.means = mean if self.means is None else self.means.merge(mean)
-
-    def standard_error(self) -> float | None:
-        """That of the mean, in standard deviations: root mean square over the channels."""
-        if self.all is None or self.means is None or self.means.count[0] < 2:
-            return None
-        of_mean = self.means.variance / self.means.count
-        seen = self.all.variance > 0
-        return float((of_mean[seen] / self.all.variance[seen]).mean().sqrt()) if seen.any() else 0.0
 
 
 def recalibrate(
@@ -156,7 +93,7 @@ def recalibrate(
     if sequential:
         again(loader, "sequential=True")
     batches = 0
-    seen: dict[str, Watched] = {name: Watched() for name in layers}
+    seen: dict[str, Spread] = {name: Spread() for name in layers}
     new: dict[str, Moments] = {}
     before = after = None
     with preserved(model, loader), torch.no_grad():
@@ -213,7 +150,7 @@ def _left(name: str, why: str) -> Recalibrated:
 def _pass(
     model: nn.Module,
     layers: dict[str, _BatchNorm],
-    watched: dict[str, Watched],
+    watched: dict[str, Spread],
     loader: Iterable[Any],
     run: Forward,
     sequential: bool,
@@ -230,12 +167,16 @@ def _pass(
         for read, batch in enumerate(_counted(loader, progress), 1):
             run(model, batch)
             if tolerance is not None and read >= _FEWEST_BATCHES:
-                errors = [w.standard_error() for w in watched.values() if w.calls]
-                if all(error is not None and error <= tolerance for error in errors):
+                errors = [_standard_error(w) for w in watched.values() if w.batches]
+                if all(error <= tolerance for error in errors):
                     break
     for layer in layers.values():
         layer.training, layer.track_running_stats = False, True
     return read
+
+
+def _standard_error(watched: Spread) -> float:
+    return watched.errors()[0] / math.sqrt(watched.batches)
 
 
 def _order(
@@ -337,7 +278,7 @@ def _write(layer: _BatchNorm, moments: Moments, batches: int) -> None:
 
 
 def _row(
-    name: str, layer: _BatchNorm, watched: Watched, new: Moments | None, batches: int
+    name: str, layer: _BatchNorm, watched: Spread, new: Moments | None, batches: int
 ) -> Recalibrated:
     if new is None:
         return _left(name, "no batch reached it")
@@ -346,13 +287,13 @@ def _row(
     mean, var = layer.running_mean.to(new.mean), layer.running_var.to(new.mean)
     moved = ((new.mean - mean).abs() / (new.variance + layer.eps).sqrt()).max()
     ratio = (new.variance + layer.eps) / (var + layer.eps)
-    calls = watched.calls / max(batches, 1)
+    calls = watched.batches / max(batches, 1)
     return Recalibrated(
         name,
         int(new.count.max()),
         float(moved),
         f"{float(ratio.min()):.3g} to {float(ratio.max()):.3g}",
-        watched.standard_error(),
+        _standard_error(watched) if watched.batches > 1 else None,
         f"called {calls:.3g} times a batch: one statistic for all" if calls > 1 else "",
     )
 
