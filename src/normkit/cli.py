@@ -149,6 +149,17 @@ def _add_tools(commands: Any) -> None:
     add("--tolerance", type=float, metavar="T", help="largest error over largest output")
     add("--out", type=Path, metavar="FILE", help=out)
 
+    add = tool(
+        "inspect",
+        "find faults of normalization in a model and its data; exit status 1 "
+        "if there are any, 2 for unusable input",
+    )
+    add("--batches", type=int, metavar="N", help="look at so many batches (default: 8)")
+    add("--ignore", type=lambda codes: codes.split(","), metavar="CODES", help="as NK05,NK10")
+    add("--fix", action="store_true", default=None, help="mend what can be mended safely")
+    add("--html", type=Path, metavar="FILE", help="write a page with every layer's data")
+    add("--out", type=Path, metavar="FILE", help=out)
+
 
 def _study(options: argparse.Namespace) -> int:
     missing = [name for name in _LAB_NEEDS if importlib.util.find_spec(name) is None]

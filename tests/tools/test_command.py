@@ -96,3 +96,34 @@ def test_fold_refuses_by_name(setup, capsys):
     assert json.loads(capsys.readouterr().out)["folded"] == 1
     assert main(["fold", setup(body), "--tolerance", "0"]) == 1
     assert "folding 0 -> 1" in capsys.readouterr().err
+
+
+HEALTHY = """
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4))
+    data = [torch.randn(32, 3) for _ in range(8)]
+    normkit.recalibrate(net, data)
+    return {"model": net, "loader": data}
+"""
+BIASED = HEALTHY.replace(", bias=False", "")
+
+
+def test_inspects_exit_status_tells_findings_from_trouble(setup, capsys):
+    assert main(["inspect", setup(HEALTHY)]) == 0
+    assert capsys.readouterr().out == "no findings (1 norms, 8 batches)\n"
+    assert main(["inspect", setup(BIASED)]) == 1
+    assert "0: NK01 redundant-bias: " in capsys.readouterr().out
+    assert main(["inspect", setup(BIASED), "--ignore", "NK01", "--batches", "4"]) == 0
+    assert main(["inspect", setup(HEALTHY.replace("range(8)", "range(0)"))]) == 2
+    assert main(["inspect", setup("    return nn.Linear(2, 2)\n")]) == 2
+    assert main(["inspect", setup(BIASED), "--json"]) == 1
+    out = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(out)["rows"][0]["code"] == "NK01"
+
+
+def test_inspect_fixes_and_writes_a_page(setup, tmp_path, capsys):
+    body = HEALTHY.replace("    normkit.recalibrate(net, data)\n", "")
+    page = tmp_path / "page.html"
+    assert main(["inspect", setup(body), "--fix", "--html", str(page)]) == 0
+    assert "mended 1: NK03 never-updated" in capsys.readouterr().out
+    assert "<h1>No findings in 1 norms</h1>" in page.read_text()

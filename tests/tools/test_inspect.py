@@ -8,38 +8,13 @@ import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
+from small import data, healthy, inspect_rank, network
 from states import state_of
 from torch import nn
 from zoo import NAMES, create, images
 
 import normkit
 from normkit.tools.rules import RULES
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Conv2d(8, 8, 3, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(128, 4),
-    )
-
-
-def data(n=8, size=32, side=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, 3, side, side, generator=generator) for _ in range(n)]
-
-
-def healthy():
-    net = network()
-    normkit.recalibrate(net, data(seed=1))
-    return net
 
 
 def found(report):
@@ -216,12 +191,6 @@ def test_other_validation_data_are_found():
     bright = [x * 2 + 1 for x in data(seed=2)]
     (finding,) = normkit.inspect(net, data(), validation=bright).rows
     assert (finding.name, finding.layer) == ("validation-shift", "1")
-
-
-def inspect_rank(rank, size):
-    net = healthy()
-    report = normkit.inspect(net, data(size=size))
-    return sorted({f.name for f in report.rows})
 
 
 def test_local_statistics_on_two_ranks_are_found_at_small_batches():

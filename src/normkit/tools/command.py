@@ -17,20 +17,27 @@ from normkit.lab.user import call, load
 
 from .model import ToolError
 
-_NOT_ARGUMENTS = ("command", "setup", "json", "out")
+_NOT_ARGUMENTS = ("command", "setup", "json", "out", "html")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run a tool; return 0, or 1 for unusable input."""
+    """Run a tool; return 0, or 1 for unusable input; inspect returns 1 for findings and 2 for that.
+
+    What a tool itself raises for an input is said in a line; what the user's code raises is theirs
+    to see in full.
+    """
+    linter = options.command == "inspect"
     try:
         report = _run(options)
     except (LabError, ToolError) as error:
         print(f"normkit: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if linter else 1
     print(json.dumps(report.to_dict(), ensure_ascii=False) if options.json else report)
     if options.out:
         torch.save(report.model.state_dict(), options.out)
-    return 0
+    if linter and options.html:
+        options.html.write_text(report.to_html(), "utf-8")
+    return int(linter and bool(report.rows))
 
 
 def _run(options: argparse.Namespace) -> Any:
