@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from planted import PLANTED, hot, shifted
 from ranks import on_ranks
 from small import data, healthy, inspect_rank, network
 from states import state_of
@@ -41,62 +42,6 @@ def test_healthy_timm_models_have_no_findings(name):
     report = normkit.inspect(model, batches, validation=[images(16, seed=9 + i) for i in range(8)])
     assert str(report.rows) == "[]"
     assert report.facts["norms"] > 15
-
-
-def with_bias(net):
-    net[4] = nn.Conv2d(8, 8, 3)
-
-
-def shifted(net):
-    net[1].running_mean.add_(2 * net[1].running_var.sqrt())
-
-
-def reset(net):
-    net[5].reset_running_stats()
-
-
-def rash(net):
-    net[5].momentum = 0.9
-    net[5].num_batches_tracked.fill_(1)
-
-
-def zero_channel(net):
-    net[0].weight.data[3] = 0
-
-
-def dead_channel(net):
-    net[5].bias.data[2] = -50.0
-
-
-def steep(net):
-    net[6] = nn.Sigmoid()
-    net[5].weight.data.fill_(30.0)
-
-
-def behind_tanh(net):
-    net[4] = nn.Sequential(net[4], nn.Tanh())
-
-
-def hot(net):
-    net[0].weight.data.mul_(1e19)
-
-
-def single(net):
-    net[7] = nn.Sequential(nn.Flatten(), nn.GroupNorm(128, 128))
-
-
-PLANTED = [
-    (with_bias, "redundant-bias", "4"),
-    (shifted, "train-eval-gap", "1"),
-    (shifted, "stale", "1"),
-    (reset, "never-updated", "5"),
-    (zero_channel, "constant-channels", "1"),
-    (dead_channel, "constant-channels", "5"),
-    (steep, "saturated", "5"),
-    (behind_tanh, "behind-saturating", "5"),
-    (hot, "near-overflow", "1"),
-    (single, "single-values", "7.1"),
-]
 
 
 @pytest.mark.parametrize(("plant", "name", "layer"), PLANTED)

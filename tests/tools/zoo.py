@@ -1,21 +1,7 @@
 """timm's models with random weights, small, and inputs for them."""
 
-import sys
-
-import torch
-
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:
-    # torchvision's wheel is built against CUDA; beside a CPU build of torch its operators don't
-    # load, and its import asks for the schema of these two. No model here calls them.
-    for name in [name for name in sys.modules if name.startswith("torchvision")]:
-        del sys.modules[name]
-    _schemas = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        _schemas.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 import timm
+import torch
 from torchvision.ops import FrozenBatchNorm2d
 
 __all__ = ["NAMES", "FrozenBatchNorm2d", "create", "images"]
