@@ -54,6 +54,7 @@ def test_json_is_one_object(setup, capsys):
             "'loder'. Did you mean 'loader'?",
         ),
         ("    return {'model': nn.BatchNorm1d(2), 'loader': []}\n", "the loader is empty"),
+        ("    return 3\n", "returned a int, neither a torch.nn.Module nor a dictionary"),
         ("    raise OSError('no disk')\n", "    raise OSError('no disk')\nOSError: no disk"),
     ],
 )

@@ -10,6 +10,7 @@ from states import state_of
 from torch import nn
 
 import normkit
+from normkit.tools.model import first_input
 
 
 def network():
@@ -160,7 +161,10 @@ def test_it_stops_at_the_tolerance_and_not_before():
     # The standard error of n values is n^-1/2: 0.02 after 2,500, which is 39 batches.
     assert 20 < used < 80
     assert report.rows[0].standard_error <= 0.02
+    assert report.facts["tolerance reached"] is True
     assert normkit.recalibrate(net, data).facts["batches"] == 400
+    early = normkit.recalibrate(net, data[:9], tolerance=0.02).facts
+    assert (early["batches"], early["tolerance reached"]) == (9, False)
 
 
 def test_the_standard_error_is_that_of_the_batch_means():
@@ -241,6 +245,15 @@ def test_one_value_a_channel_is_refused():
         normkit.recalibrate(net, [torch.randn(1, 2)], sequential=True)
 
 
+def test_batches_go_to_the_models_device():
+    assert first_input(nn.Linear(2, 2, device="meta"), torch.ones(1, 2)).device.type == "meta"
+
+
+def test_progress_counts_the_batches(capsys):
+    normkit.recalibrate(network(), batches(), progress=True)
+    assert capsys.readouterr().err.endswith("\r3/3 batches\n")
+
+
 def test_a_model_without_norms_says_so():
     report = normkit.recalibrate(nn.Linear(2, 2), [torch.randn(3, 2)])
     assert report.facts["note"] == "no layer keeps running statistics; nothing to do"
@@ -255,14 +268,16 @@ def test_a_filter_takes_names_or_a_predicate():
     assert net[6].num_batches_tracked == 3
 
 
-def recalibrate_rank(rank, sizes, fail=False):
+def recalibrate_rank(rank, sizes, fail=False, wrap=False):
     torch.manual_seed(0)
     net = network()
     data = torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(7))
     mine = data.split([sum(sizes[0]), sum(sizes[1])])[rank].split(sizes[rank])
     if fail:
         normkit.recalibrate(net, [] if rank else list(mine), broken)
-    normkit.recalibrate(net, list(mine), sequential=True)
+    model = nn.parallel.DistributedDataParallel(net) if wrap else net
+    report = normkit.recalibrate(model, list(mine), sequential=True)
+    assert report.model is model
     return [net[i].running_mean.tolist() + net[i].running_var.tolist() for i in (1, 6)]
 
 
@@ -270,9 +285,9 @@ def broken(model, x):
     raise KeyError("broken")
 
 
-@pytest.mark.parametrize("sizes", [([4, 3], [5]), ([4, 4, 4], [])])
-def test_two_ranks_give_the_statistics_of_all_their_data(sizes):
-    got = on_ranks(recalibrate_rank, sizes)
+@pytest.mark.parametrize(("sizes", "wrap"), [(([4, 3], [5]), False), (([4, 4, 4], []), True)])
+def test_two_ranks_give_the_statistics_of_all_their_data(sizes, wrap):
+    got = on_ranks(recalibrate_rank, sizes, False, wrap)
     assert got[0] == got[1]
     torch.manual_seed(0)
     alone = network()

@@ -81,6 +81,18 @@ def test_any_to_any_computes_the_target_with_the_old_affine(make, to):
         assert net[0].bias is bias
 
 
+def test_norms_over_the_last_axes():
+    model, x = create("vit_tiny_patch16_224"), images()
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    normkit.swap(model, "rms")
+    norms = [m for m in model.modules() if isinstance(m, normkit.RMSNorm)]
+    assert [m.weight for m in norms] == weights
+    y = torch.randn(3, 192)
+    torch.testing.assert_close(norms[0](y), F.rms_norm(y, (192,), weights[0], norms[0].eps))
+    normkit.swap(model, "layer", example=x)
+    assert all(m.bias is None for m in model.modules() if isinstance(m, normkit.LayerNorm))
+
+
 def test_there_and_back_gives_the_same_layer():
     net = nn.Sequential(nn.BatchNorm2d(8, eps=1e-3, momentum=0.3)).eval()
     nn.init.uniform_(net[0].weight)
@@ -234,6 +246,22 @@ def test_frozen_layers_of_others_become_trainable_batch_norm():
     before = net(x)
     normkit.swap(net, "batch")
     assert isinstance(net[0].weight, nn.Parameter)
+    torch.testing.assert_close(net(x), before)
+
+
+def test_detectron2s_frozen_norm_is_known_by_its_name():
+    """detectron2 isn't on PyPI: a class of torchvision's interface under its path."""
+
+    def forward(self, x):
+        return FrozenBatchNorm2d.forward(self, x)
+
+    forward.__module__ = "detectron2.layers.batch_norm"
+    forward.__qualname__ = "FrozenBatchNorm2d.forward"
+    theirs = type("FrozenBatchNorm2d", (FrozenBatchNorm2d,), {"forward": forward})(4)
+    theirs.running_var.uniform_(1, 2)
+    net, x = nn.Sequential(theirs).eval(), torch.randn(2, 4, 3, 3)
+    before = net(x)
+    assert normkit.swap(net, "batch").facts["swapped"] == 1
     torch.testing.assert_close(net(x), before)
 
 

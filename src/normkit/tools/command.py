@@ -44,6 +44,11 @@ def _run(options: argparse.Namespace) -> Any:
     tool = getattr(normkit, options.command)
     made = call(load(options.setup, "setup"), f"calling {options.setup!r}")
     arguments: dict[str, Any] = dict(made) if isinstance(made, Mapping) else {"model": made}
+    if "model" in arguments and not isinstance(arguments["model"], torch.nn.Module):
+        raise LabError(
+            f"{options.setup} returned a {type(arguments['model']).__name__}, neither a "
+            "torch.nn.Module nor a dictionary with one under 'model'"
+        )
     known = introspection.signature(tool).parameters
     for name in arguments:
         if name not in known:

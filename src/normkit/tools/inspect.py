@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .measure import Facts, Layer, measure
-from .model import Forward, ToolError, again, first_input, preserved, taken
+from .model import Forward, ToolError, again, first_input, inner, preserved, taken
 from .recalibrate import recalibrate
 from .rules import RULES
 from .swap import swap
@@ -111,7 +111,8 @@ def inspect(
         ToolError: an empty loader, an unknown code, batches of an unknown form, a model of
             scripted, quantized or lazy modules.
     """
-    model = taken(model)
+    given = taken(model)
+    model = inner(given)
     ignored = set(ignore)
     if unknown := ignored - {rule.code for rule in RULES}:
         raise ToolError(
@@ -128,8 +129,8 @@ def inspect(
         facts = measure(model, train, held, run, loss, optimizer)
     findings = _judge(facts, ignored)
     counts = {"norms": len(facts.layers), "batches": len(train)}
-    report = Inspection(model, findings, counts, facts.layers)
-    if not fix or not _mend(model, findings, loader, run):
+    report = Inspection(given, findings, counts, facts.layers)
+    if not fix or not _mend(given, findings, loader, run):
         return report
     now = inspect(
         model, loader, loss, optimizer, run, validation=validation, batches=batches, ignore=ignored

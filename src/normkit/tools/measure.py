@@ -243,8 +243,12 @@ def _see_training(layer: Layer, x: Tensor, output: Any, masked: bool) -> None:
 
 
 def _channels_first(layer: Layer, x: Tensor) -> Tensor:
-    last = layer.norm is not None and not layer.norm.channels_first
-    return x.movedim(-1, 1) if last and x.dim() > 1 else x
+    norm = layer.norm
+    if norm is not None and norm.kind == "instance" and x.dim() == (norm.dims or 0) + 1:
+        return x[None]
+    if norm is not None and not norm.channels_first:
+        return x[None] if x.dim() == 1 else x.movedim(-1, 1)
+    return x
 
 
 def _values(layer: Layer, x: Tensor) -> int:

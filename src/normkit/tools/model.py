@@ -42,7 +42,8 @@ def taken(model: nn.Module, copy: bool = False) -> nn.Module:
                 f"{where} is scripted, and its layers can't be replaced; give the model that was "
                 "scripted, and script the result"
             )
-        if "quantized" in type(module).__module__.split("."):
+        package = type(module).__module__.split(".")
+        if package[0] == "torch" and "quantized" in package:
             raise ToolError(
                 f"{where} is quantized, and its norms are part of integer kernels; give the "
                 "floating-point model, and quantize the result"
@@ -52,6 +53,11 @@ def taken(model: nn.Module, copy: bool = False) -> nn.Module:
                 f"{where} is lazy and has no shapes yet; run one batch through the model first"
             )
     return copying.deepcopy(model) if copy else model
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, whose forward waits for every rank's."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def chosen(only: Only, name: str, module: nn.Module) -> bool:

@@ -14,7 +14,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from .model import Forward, Only, ToolError, again, all_off, chosen, first_input, preserved, taken
+from .model import (
+    Forward,
+    Only,
+    ToolError,
+    again,
+    all_off,
+    chosen,
+    first_input,
+    inner,
+    preserved,
+    taken,
+)
 from .moments import Moments, Spread
 from .table import Report
 
@@ -62,7 +73,9 @@ def recalibrate(
 
     Untouched, and named in the report: layers that are in evaluation inside a model in training
     (frozen), and layers that no batch reached. Where torch.distributed is initialized the ranks'
-    statistics are merged, so every rank must call it; ranks may differ in their number of batches.
+    statistics are merged, so every rank must call it; ranks may differ in their number of batches,
+    unless layers that synchronize by themselves run in one pass. A model inside
+    DistributedDataParallel runs without it.
 
     Args:
         model: any module.
@@ -79,7 +92,8 @@ def recalibrate(
         progress: count batches on stderr.
 
     Returns:
-        a report with one `Recalibrated` a layer; facts: batches, evaluated before and after.
+        a report with one `Recalibrated` a layer; facts: batches, whether the tolerance was reached
+        before the loader's end, `evaluate` before and after.
 
     Raises:
         ToolError: an empty loader, statistics that aren't finite, fewer than two values a channel,
@@ -87,12 +101,12 @@ def recalibrate(
 
     Source: Wu & Johnson 2021 (arXiv 2105.07576), section 3.
     """
-    model = taken(model, copy)
-    run = forward or first_input
+    given = taken(model, copy)
+    model, run = inner(given), forward or first_input
     layers, rows = _layers(model, only)
     if sequential:
         again(loader, "sequential=True")
-    batches = 0
+    batches, reached = 0, True
     seen: dict[str, Spread] = {name: Spread() for name in layers}
     new: dict[str, Moments] = {}
     before = after = None
@@ -107,6 +121,7 @@ def recalibrate(
                 with _together():
                     read = _pass(model, now, watched, loader, run, sequential, tolerance, progress)
                 batches = batches or read
+                reached = reached and _converged(watched, tolerance)
                 merged = _over_ranks({name: w.all for name, w in watched.items()})
                 new.update(merged)
                 for name in merged:
@@ -118,11 +133,13 @@ def recalibrate(
         for name, moments in new.items():
             _write(layers[name], moments, batches)
     facts: dict[str, Any] = {"layers": len(new), "batches": batches}
+    if tolerance is not None:
+        facts["tolerance reached"] = reached
     if not layers:
         facts["note"] = "no layer keeps running statistics; nothing to do"
     if evaluate:
         facts |= {"evaluated before": before, "evaluated after": after}
-    return Report(model, rows, facts)
+    return Report(given, rows, facts)
 
 
 def _layers(model: nn.Module, only: Only) -> tuple[dict[str, _BatchNorm], list[Recalibrated]]:
@@ -166,13 +183,16 @@ def _pass(
     with _hooks(layers, lambda name, x, mask: watched[name].see(x, mask)):
         for read, batch in enumerate(_counted(loader, progress), 1):
             run(model, batch)
-            if tolerance is not None and read >= _FEWEST_BATCHES:
-                errors = [_standard_error(w) for w in watched.values() if w.batches]
-                if all(error <= tolerance for error in errors):
-                    break
+            if tolerance is not None and read >= _FEWEST_BATCHES and _converged(watched, tolerance):
+                break
     for layer in layers.values():
         layer.training, layer.track_running_stats = False, True
     return read
+
+
+def _converged(watched: dict[str, Spread], tolerance: float | None) -> bool:
+    errors = [_standard_error(w) for w in watched.values() if w.batches]
+    return tolerance is None or all(error <= tolerance for error in errors)
 
 
 def _standard_error(watched: Spread) -> float:

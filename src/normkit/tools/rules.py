@@ -256,8 +256,6 @@ def validation_shift(facts: Facts, threshold: float) -> Found:
     for layer in facts.layers:
         if layer.evaluated.all is None or layer.validated.all is None:
             continue
-        if layer.norm is None or not layer.norm.channels_first:
-            continue
         away = _beyond_noise(layer.evaluated, layer.validated)
         if away > threshold:
             off.append((layer, away))
