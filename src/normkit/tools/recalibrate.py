@@ -176,9 +176,8 @@ def _pass(
 ) -> int:
     """Show the loader's batches to the layers; return how many were read."""
     for layer in layers.values():
-        # Batch statistics are used and none are written: torch's rule for this pair of flags.
+        # The running averages move meanwhile; `preserved` puts them back.
         layer.training = not sequential
-        layer.track_running_stats = sequential
     read = 0
     with _hooks(layers, lambda name, x, mask: watched[name].see(x, mask)):
         for read, batch in enumerate(_counted(loader, progress), 1):
@@ -186,7 +185,7 @@ def _pass(
             if tolerance is not None and read >= _FEWEST_BATCHES and _converged(watched, tolerance):
                 break
     for layer in layers.values():
-        layer.training, layer.track_running_stats = False, True
+        layer.training = False
     return read
 
 
