@@ -12,6 +12,9 @@ def pools(kind, shape, groups=1):
     rest = (slice(None),) * (len(shape) - 2)
     if kind == "batch":
         return [(slice(None), i, *rest) for i in range(c)]
+    if kind == "ghost":  # `groups` of them
+        ghosts = np.array_split(np.arange(n), groups)
+        return [(slice(g[0], g[-1] + 1), i, *rest) for g in ghosts for i in range(c)]
     if kind == "instance":
         return [(j, i, *rest) for j in range(n) for i in range(c)]
     if kind == "group":
@@ -25,7 +28,7 @@ def pools(kind, shape, groups=1):
 
 
 def affine(kind, parameter, shape):
-    if parameter is None or kind == "last":
+    if parameter is None or kind == "last" or np.ndim(parameter) == len(shape):
         return parameter
     return np.reshape(parameter, (1, -1) + (1,) * (len(shape) - 2))
 
@@ -96,3 +99,19 @@ def input_gradient(x, dy, kind, eps, *, groups=1, center=True, weight=None):
         inner = g[at] - standard * (g[at] * standard).mean()
         dx[at] = rstd * (inner - g[at].mean() if center else inner)
     return dx
+
+
+def renorm(x, running_mean, running_var, eps, r_max, d_max, weight, bias):
+    """Batch renormalization of (N, C): y, and each channel's mean and biased variance."""
+    x = np.asarray(x, np.float64)
+    y, means, variances = np.zeros_like(x), [], []
+    for c in range(x.shape[1]):
+        column = x[:, c]
+        mean, variance = column.sum() / len(column), np.var(column)
+        sigma, running_sigma = np.sqrt(variance + eps), np.sqrt(running_var[c] + eps)
+        r = min(max(sigma / running_sigma, 1 / r_max), r_max)
+        d = min(max((mean - running_mean[c]) / running_sigma, -d_max), d_max)
+        y[:, c] = ((column - mean) / sigma * r + d) * weight[c] + bias[c]
+        means.append(mean)
+        variances.append(variance)
+    return y, np.array(means), np.array(variances)

@@ -198,3 +198,16 @@ def test_without_running_statistics_batches_are_counted_as_in_torch():
         layer.eval()
         layer(torch.randn(4, 3))
     assert ours.num_batches_tracked == theirs.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 7), (3, 4, 5, 3), (2, 4, 2, 3, 4)], ids=str)
+def test_the_dimension_free_instance_norm_is_torchs_of_each_dimension(shape):
+    theirs = getattr(nn, f"InstanceNorm{len(shape) - 2}d")(4, affine=True, track_running_stats=True)
+    ours = normkit.InstanceNorm(4, affine=True, track_running_stats=True)
+    ours.load_state_dict(randomize(theirs).state_dict())
+    for training in (True, False):
+        x = torch.randn(shape)
+        torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    with pytest.raises(ValueError, match=r"InstanceNorm\(4.*\(N, C, \*\) with at least one"):
+        ours(torch.randn(3, 4))

@@ -131,7 +131,8 @@ def test_export_emits_one_aten_operator_a_norm(case):
 def test_a_layer_exported_in_training_goes_on_tracking(name):
     layer = getattr(normkit, name)(3, track_running_stats=True)
     x = torch.randn(4, 3, 5, 5) + 1
-    module = torch.export.export(layer, (x,)).module()
+    with pytest.warns(UserWarning, match=rf"{name}\(3, .* is exported in training mode.*eval"):
+        module = torch.export.export(layer, (x,)).module()
     y = module(x)
     torch.testing.assert_close(y, layer(x))
     torch.testing.assert_close(module.running_mean, layer.running_mean)
@@ -168,7 +169,10 @@ def test_fx_traces_each_norm_to_one_call_and_moves_no_state(case, training):
     traced = torch.fx.symbolic_trace(ours)
     for p, q in zip(ours.buffers(), before.buffers(), strict=True):
         assert torch.equal(p, q)
-    assert [n.op for n in traced.graph.nodes].count("call_function") == 1
+    assert (
+        sum(hasattr(F, str(n.target.__name__)) for n in traced.graph.nodes if callable(n.target))
+        == 1
+    )
     x = torch.randn(case.shape)
     torch.testing.assert_close(traced(x), before(x))
     buffers = dict(before.named_buffers())

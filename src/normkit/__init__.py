@@ -1,19 +1,27 @@
 """Normalization layers, kernels, studies and tools for PyTorch."""
 
-from . import functional
+from . import functional, parametrizations
+from .beside import DyT, FilterResponseNorm, GlobalResponseNorm
 from .dispatch import backends, explain, info
+from .factory import create
 from .layers import (
     BatchNorm,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    BatchRenorm,
+    FrozenBatchNorm,
+    GhostBatchNorm,
     GroupNorm,
+    InstanceNorm,
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
     RMSNorm,
 )
+from .standardize import Standardize
+from .state import functional_call
 from .tools.fold import fold
 from .tools.inspect import inspect
 from .tools.recalibrate import recalibrate
@@ -26,18 +34,29 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm",
+    "DyT",
+    "FilterResponseNorm",
+    "FrozenBatchNorm",
+    "GhostBatchNorm",
+    "GlobalResponseNorm",
     "GroupNorm",
+    "InstanceNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
     "RMSNorm",
+    "Standardize",
     "backends",
+    "create",
     "explain",
     "fold",
     "functional",
+    "functional_call",
     "info",
     "inspect",
+    "parametrizations",
     "recalibrate",
     "swap",
 ]

@@ -29,6 +29,8 @@ def explain(layer: nn.Module, *args: Any, **kwargs: Any) -> str:
         raise TypeError(f"explain takes a normkit layer, got {type(layer).__name__}")
     with torch.no_grad(), backend.watch() as calls:
         copy.deepcopy(layer)(*args, **kwargs)
+    if not calls:
+        return f"{layer} runs on: torch's operators; it is no case of the formula"
     spec, inputs = calls[0]
     chosen = backend.name_of(backend.choose(spec, inputs))
     x = inputs.x

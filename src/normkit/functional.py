@@ -8,6 +8,10 @@ where these come from. Statistics are computed in at least float32; y has x's dt
 part in the statistics, y is 0, and x and residual get no gradient, whatever they hold (NaN
 included). An empty pool gives zeros, a pool of one value gives the bias.
 
+`weight` and `bias` are one value a channel, (C,), or given for each sample: (N, C), or x's rank and
+broadcasting to x (conditional: AdaIN, FiLM, class-conditional). Over the last axes (C,) reads
+normalized_shape, and (N, C) is (N, *normalized_shape), the same at all positions (AdaLN).
+
 `act` is None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu" (exact).
 """
 
@@ -19,12 +23,25 @@ from collections.abc import Sequence
 import torch
 import torch.fx
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import autograd, statistics
+from . import autograd, recompute, state, statistics
+from .affine import NO_AFFINE, Affine
 from .backend import aten
-from .pool import BATCH, CHANNELS, INSTANCE, group, last
+from .checks import (
+    check_batch,
+    check_batch_statistics,
+    check_ghost_size,
+    check_groups,
+    check_input,
+    check_like,
+    check_limits,
+    check_mask,
+    check_normalized_shape,
+    check_running,
+)
+from .pool import BATCH, CHANNELS, INSTANCE, Pool, ghost, group, last
 from .spec import Inputs, Spec, check_momentum, compute_dtype
+from .statistics import Moments, Running
 
 _AUTOCAST_TO_FLOAT32 = {"cuda": ("layer_norm", "rms_norm", "group_norm")}
 """What torch's autocast runs in float32, by device; its other norms keep the input's dtype."""
@@ -41,6 +58,9 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     num_batches_tracked: Tensor | None = None,
+    ghost_size: int | None = None,
+    pending: tuple[Tensor, ...] | None = None,
+    micro_batches: int = 1,
     mask: Tensor | None = None,
     residual: Tensor | None = None,
     act: str | None = None,
@@ -57,60 +77,124 @@ def batch_norm(
 
     Args:
         input: (N, C, *), floating point.
-        running_mean, running_var, weight, bias: (C,) each.
+        running_mean, running_var: (C,) each.
+        weight, bias: (C,) each, or per sample.
+        ghost_size: with `training`, split the samples in their order into ceil(N / ghost_size)
+            ghost batches, whose sizes differ by at most one, and normalize each by its own
+            statistics; the running ones move by those of the whole batch.
+        pending, micro_batches: (count, mean, variance), (C,) each, and a counter, zero at first:
+            the running statistics move at every micro_batches-th call, by those of the batch that
+            the calls since the last move form together.
         residual: input's shape, dtype and device; added before `act`.
         ranks: the ranks that input may have; None for any.
 
     Raises:
-        ValueError: a wrong shape; in training, one value per channel; eps or momentum out of range;
-            unknown act; no running statistics in evaluation.
+        ValueError: a wrong shape; in training, one value per channel (or per channel of a ghost
+            batch); eps or momentum out of range; unknown act; a ghost_size below 1; no running
+            statistics in evaluation.
         TypeError: integer or complex input; a mask that isn't boolean; a residual of another dtype.
 
-    Source: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithms 1 and 2.
+    Source: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithms 1 and 2; ghost batches: Hoffer,
+    Hubara & Soudry 2017 (arXiv 1705.08741), Algorithm 1, with a whole batch's running statistics.
     """
-    _check_input(input, 2, "(N, C, *)", ranks)
-    _check_channels(
-        input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-    )
-    check_momentum(momentum)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var go together: give both or neither")
-    if training:
-        count = input.shape[0] * math.prod(input.shape[2:])
-        if count == 1 and mask is None:
-            raise ValueError(
-                "expected more than 1 value per channel when training, got input of shape "
-                f"{tuple(input.shape)}, whose variance is 0; use a larger batch (DataLoader("
-                "drop_last=True) drops a last batch of one), .eval(), or a norm that needs no "
-                "batch (GroupNorm, LayerNorm)"
-            )
-        if eps == 0:
-            raise ValueError("eps must be positive when training, got 0; torch's default is 1e-5")
-        spec = Spec(BATCH, eps, True, act)
-        y, mean, var = _normalize(spec, input, weight, bias, mask=mask, residual=residual)
-        if running_mean is None and num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        if running_mean is not None and running_var is not None:
-            statistics.track(
-                BATCH,
-                input,
-                mask,
-                mean,
-                var,
-                running_mean,
-                running_var,
-                num_batches_tracked,
-                momentum,
-            )
-        return y
-    if running_mean is None or running_var is None:
-        raise ValueError(
-            "evaluation needs running_mean and running_var; pass them, or training=True to use the "
-            "batch's own statistics"
+    check_batch(input, running_mean, running_var, momentum, ranks)
+    affine = Affine.of(BATCH, input, (input.shape[1],), weight, bias)
+    if not training:
+        return _by_running(
+            *(input, running_mean, running_var, affine, eps, act), mask=mask, residual=residual
         )
-    return _by_running(
-        input, running_mean, running_var, weight, bias, eps, act, mask=mask, residual=residual
+    ghosts = [(1, input.shape[0])] if ghost_size is None else _ghosts(input.shape[0], ghost_size)
+    check_batch_statistics(input, eps, mask, ghosts)
+    if ghost_size is None:
+        y, batch = _by_batch(BATCH, input, affine, eps, act, mask, residual)
+    else:
+        y, batch = _by_ghosts(ghosts, input, affine, eps, act, mask, residual)
+    if running_mean is not None and running_var is not None:
+        running = Running(
+            *(running_mean, running_var, num_batches_tracked, momentum),
+            pending=pending,
+            micro_batches=micro_batches,
+        )
+        statistics.track(running, batch, mask is not None)
+    elif num_batches_tracked is not None and not recompute.recomputing():
+        state.write(num_batches_tracked, state.read(num_batches_tracked) + 1)
+    return y
+
+
+def batch_renorm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.01,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+    r_steps: tuple[int, int] = (5_000, 40_000),
+    d_steps: tuple[int, int] = (5_000, 25_000),
+    pending: tuple[Tensor, ...] | None = None,
+    micro_batches: int = 1,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str | None = None,
+    ranks: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Batch renormalization: batch normalization corrected towards the running averages.
+
+    y = act(((x - mean) / σ * r + d) * weight + bias + residual), σ = sqrt(variance + eps)
+
+    With `training`, r = σ / running σ clipped to [1 / r_max, r_max] and d = (mean - running mean) /
+    running σ clipped to [-d_max, d_max]; no gradient passes through either. Then the running
+    averages move as those of `batch_norm`, but all variances are biased, the running one too: where
+    no limit binds, y is what evaluation gives. The limits open linearly, r_max from 1 and d_max
+    from 0, while num_batches_tracked goes from the first to the second of their `steps`.
+
+    Args:
+        num_batches_tracked: the number of training steps so far, that places the limits.
+        r_max, d_max: the limits once open; r_max >= 1, d_max >= 0.
+        r_steps, d_steps: (first, last) step of the opening.
+        The rest: as `batch_norm`'s.
+
+    Raises:
+        ValueError: limits or steps out of order. The rest: as `batch_norm`.
+
+    Source: Ioffe 2017 (arXiv 1702.03275), Algorithm 1, limits and momentum of section 4.
+    """
+    check_limits(r_max, d_max, r_steps, d_steps)
+    check_batch(input, running_mean, running_var, momentum, ranks)
+    affine = Affine.of(BATCH, input, (input.shape[1],), weight, bias)
+    if not training:
+        return _by_running(
+            *(input, running_mean, running_var, affine, eps, act), mask=mask, residual=residual
+        )
+    check_batch_statistics(input, eps, mask, [(1, input.shape[0])])
+
+    @torch.no_grad()
+    def correction() -> tuple[Tensor, Tensor]:
+        _, batch = _by_batch(BATCH, input.detach(), NO_AFFINE, eps, None, mask, None)
+        mean, rstd = statistics.given(running_mean, running_var, eps, input)
+        r = (batch.var + eps).sqrt() * rstd
+        d = (batch.mean - mean) * rstd
+        step = state.read(num_batches_tracked).to(r.dtype)
+        r_limit = 1 + (r_max - 1) * _opened(step, r_steps)
+        d_limit = d_max * _opened(step, d_steps)
+        return r.clamp(1 / r_limit, r_limit), d.clamp(-d_limit, d_limit)
+
+    r, d = recompute.remember(correction, moves=True)
+    corrected = affine.after(r, d, input.dim())
+    y, batch = _by_batch(BATCH, input, corrected, eps, act, mask, residual)
+    running = Running(
+        *(running_mean, running_var, num_batches_tracked, momentum),
+        biased=True,
+        pending=pending,
+        micro_batches=micro_batches,
     )
+    statistics.track(running, batch, mask is not None)
+    return y
 
 
 def instance_norm(
@@ -140,13 +224,19 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016 (arXiv 1607.08022).
     """
-    _check_input(input, 2 if ranks else 3, "(N, C, *) with at least one position axis", ranks)
+    check_input(input, 2 if ranks else 3, "(N, C, *) with at least one position axis", ranks)
     if ranks and input.dim() == ranks[0]:
         return instance_norm(
             input.unsqueeze(0),
-            *(running_mean, running_var, weight, bias, use_input_stats, momentum, eps),
-            mask=None if mask is None else mask.unsqueeze(0),
-            residual=None if residual is None else residual.unsqueeze(0),
+            running_mean,
+            running_var,
+            weight if weight is None or weight.dim() == 1 else weight.unsqueeze(0),
+            bias if bias is None or bias.dim() == 1 else bias.unsqueeze(0),
+            use_input_stats,
+            momentum,
+            eps,
+            mask=_unsqueezed(mask),
+            residual=_unsqueezed(residual),
             act=act,
             num_features=num_features,
         ).squeeze(0)
@@ -155,29 +245,23 @@ def instance_norm(
             f"expected {num_features} channels, got {input.shape[1]} in input of shape "
             f"{tuple(input.shape)}"
         )
-    _check_channels(
-        input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-    )
+    check_running(input, running_mean, running_var)
     check_momentum(momentum)
+    affine = Affine.of(INSTANCE, input, (input.shape[1],), weight, bias)
     if not use_input_stats:
-        if running_mean is None or running_var is None:
-            raise ValueError("use_input_stats=False needs running_mean and running_var")
         return _by_running(
-            input, running_mean, running_var, weight, bias, eps, act, mask=mask, residual=residual
+            *(input, running_mean, running_var, affine, eps, act), mask=mask, residual=residual
         )
     if math.prod(input.shape[2:]) == 1 and mask is None:
         raise ValueError(
             "expected more than 1 position per channel, got input of shape "
             f"{tuple(input.shape)}, whose variance is 0; use larger inputs or another norm"
         )
-    spec = Spec(INSTANCE, eps, True, act)
-    y, mean, var = _normalize(
-        spec, input, weight, bias, mask=mask, residual=residual, tracked=running_mean is not None
-    )
+    tracked = running_mean is not None
+    y, batch = _by_batch(INSTANCE, input, affine, eps, act, mask, residual, tracked)
     if running_mean is not None and running_var is not None:
-        statistics.track(
-            INSTANCE, input, mask, mean, var, running_mean, running_var, None, momentum
-        )
+        running = Running(running_mean, running_var, None, momentum)
+        statistics.track(running, batch, mask is not None)
     return y
 
 
@@ -195,26 +279,26 @@ def group_norm(
     """Group normalization: each group of channels of each sample of (N, C, *) by itself.
 
     y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual), statistics over C / G
-    channels and *, the same in training and evaluation. weight and bias are (C,). Errors as those
-    of `batch_norm`; groups that don't divide C are a ValueError.
+    channels and *, the same in training and evaluation. weight and bias are (C,), or per sample.
+    Errors as those of `batch_norm`; groups that don't divide C are a ValueError.
 
     Source: Wu & He 2018 (arXiv 1803.08494), equation 7.
     """
-    _check_input(input, 2, "(N, C, *)")
+    check_input(input, 2, "(N, C, *)")
     channels = input.shape[1]
     check_groups(num_groups, channels)
-    _check_channels(input, weight=weight, bias=bias)
+    affine = Affine.of(group(num_groups), input, (channels,), weight, bias)
     if math.prod(input.shape) == num_groups and mask is None:
         raise ValueError(
             f"expected more than 1 value per group, got input of shape {tuple(input.shape)} in "
             f"{num_groups} groups; use fewer groups"
         )
     if residual is not None:
-        _check_like("residual", residual, input)
+        check_like("residual", residual, input)
         residual = _autocast("group_norm", residual)
     input = _autocast("group_norm", input)
-    spec = Spec(group(num_groups), eps, True, act)
-    return _normalize(spec, input, weight, bias, mask=mask, residual=residual)[0]
+    spec = Spec(group(num_groups), eps, True, act, conditional=affine.conditional)
+    return _normalize(spec, input, affine, mask=mask, residual=residual)[0]
 
 
 def layer_norm(
@@ -238,7 +322,7 @@ def layer_norm(
     Args:
         input: (*, normalized_shape), or (N, C, *) with `channels_first`.
         normalized_shape: the sizes of the normalized axes; (C,) with `channels_first`.
-        weight, bias: normalized_shape each.
+        weight, bias: normalized_shape each, or per sample.
         add: input's shape, dtype and device; added before the norm, and the sum is returned too.
 
     Returns:
@@ -263,31 +347,44 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
     *,
+    bias: Tensor | None = None,
+    zero_centered_weight: bool = False,
     channels_first: bool = False,
     mask: Tensor | None = None,
     add: Tensor | None = None,
     act: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RMS normalization: as `layer_norm`, the mean not subtracted, without bias.
+    """RMS normalization: as `layer_norm`, the mean not subtracted.
 
-    y = act(x / sqrt(<x²> + eps) * weight), x = input [+ add]
+    y = act(x / sqrt(<x²> + eps) * weight + bias), x = input [+ add]
 
     `eps=None` is the machine epsilon of the dtype it is computed in, as in torch: float64's for
-    float64, float32's for all others. The rest is as in `layer_norm`.
+    float64, float32's for all others. With `zero_centered_weight` the factor is 1 + weight, added
+    in the compute dtype. The rest is as in `layer_norm`.
 
-    Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4.
+    Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4; 1 + weight: as in Gemma (arXiv
+    2403.08295) and its reference implementation.
     """
+    if zero_centered_weight and weight is not None:
+        weight = 1 + weight.to(compute_dtype(weight.dtype))
     if eps is None:
-        _check_input(input, 1, "any")
+        check_input(input, 1, "any")
         eps = torch.finfo(compute_dtype(input.dtype)).eps
     return _row_norm(
         "rms_norm",
-        *(input, normalized_shape, weight, None, eps),
+        *(input, normalized_shape, weight, bias, eps),
         *(channels_first, mask, add, act),
     )
 
 
-for _name in ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"):
+for _name in (
+    "batch_norm",
+    "batch_renorm",
+    "instance_norm",
+    "group_norm",
+    "layer_norm",
+    "rms_norm",
+):
     torch.fx.wrap(_name)
 
 
@@ -304,7 +401,7 @@ def _row_norm(
     act: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     shape = check_normalized_shape(normalized_shape, channels_first)
-    _check_input(input, 2 if channels_first else 1, "(N, C, *)" if channels_first else "any")
+    check_input(input, 2 if channels_first else 1, "(N, C, *)" if channels_first else "any")
     if channels_first:
         met: tuple[int, ...] = (input.shape[1],)
         pool = CHANNELS
@@ -316,49 +413,112 @@ def _row_norm(
             f"expected input with {'C = ' if channels_first else 'last sizes '}"
             f"{shape[0] if channels_first else shape}, got input of shape {tuple(input.shape)}"
         )
-    for what, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
-        if tuple(parameter.shape) != shape:
-            raise ValueError(f"expected {what} of shape {shape}, got {tuple(parameter.shape)}")
-        _check_device(what, parameter, input)
+    affine = Affine.of(pool, input, shape, weight, bias)
     if add is not None:
-        _check_like("add", add, input)
+        check_like("add", add, input)
         input = input + add
     summed = input
     input = _autocast(name, input)
-    spec = Spec(pool, eps, name == "layer_norm", act)
-    y = _normalize(spec, input, weight, bias, mask=mask)[0]
+    spec = Spec(pool, eps, name == "layer_norm", act, conditional=affine.conditional)
+    y = _normalize(spec, input, affine, mask=mask)[0]
     return y if add is None else (y, summed)
+
+
+def _ghosts(samples: int, size: int) -> list[tuple[int, int]]:
+    """ceil(samples / size) ghost batches, sizes differing by at most one: (how many, of what size).
+
+    The larger ones come first.
+    """
+    check_ghost_size(size)
+    ghosts = max(1, -(-samples // size))
+    smaller, larger = divmod(samples, ghosts)
+    return [(n, k) for n, k in ((larger, smaller + 1), (ghosts - larger, smaller)) if n]
+
+
+def _by_ghosts(
+    ghosts: list[tuple[int, int]],
+    x: Tensor,
+    affine: Affine,
+    eps: float,
+    act: str | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Moments]:
+    """y by each ghost batch's statistics, and the whole batch's moments."""
+    samples = [how_many * size for how_many, size in ghosts]
+
+    def blocks(tensor: Tensor | None) -> Sequence[Tensor | None]:
+        if tensor is None or tensor.dim() < x.dim() or tensor.shape[0] != x.shape[0]:
+            return [tensor] * len(samples)
+        return tensor.split(samples) if len(samples) > 1 else [tensor]
+
+    ys, moments = [], []
+    tensors = (x, affine.weight, affine.bias, mask, residual)
+    for (how_many, _), (block, weight, bias, *rest) in zip(
+        ghosts, zip(*map(blocks, tensors), strict=True), strict=True
+    ):
+        pool = ghost(how_many) if how_many > 1 else BATCH
+        own = affine._replace(weight=weight, bias=bias)
+        y, batch = _by_batch(pool, block, own, eps, act, *rest)
+        ys.append(y)
+        moments.append([moment.reshape(how_many, -1) for moment in batch])
+    whole = statistics.pooled(Moments(*map(torch.cat, zip(*moments, strict=True))))
+    return ys[0] if len(ys) == 1 else torch.cat(ys), whole
+
+
+def _by_batch(
+    pool: Pool,
+    x: Tensor,
+    affine: Affine,
+    eps: float,
+    act: str | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    tracked: bool = True,
+) -> tuple[Tensor, Moments]:
+    """y by the input's own statistics, and these, where they are tracked."""
+    spec = Spec(pool, eps, True, act, conditional=affine.conditional)
+    y, mean, var = _normalize(spec, x, affine, mask=mask, residual=residual, tracked=tracked)
+    return y, statistics.moments(pool, x, mask, mean, var)
 
 
 def _by_running(
     input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    affine: Affine,
     eps: float,
     act: str | None,
     *,
     mask: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    spec = Spec(BATCH, eps, True, act, given=True)
+    """y by the running statistics, as they were in the forward."""
+    if running_mean is None or running_var is None:
+        raise ValueError(
+            "evaluation needs running_mean and running_var; pass them, or have the input's own "
+            "statistics used (training=True of batch_norm, use_input_stats=True of instance_norm)"
+        )
+    spec = Spec(BATCH, eps, True, act, given=True, conditional=affine.conditional)
     if aten.exporting() and mask is None:
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-        return aten.epilogue(spec, y, residual)
-    mean, rstd = statistics.given(running_mean, running_var, eps, input)
-    return _normalize(
-        spec, input, weight, bias, mask=mask, residual=residual, mean=mean, rstd=rstd
-    )[0]
+        inputs = Inputs(input, affine.weight, affine.bias, residual)
+        return aten.by_running(spec, inputs, running_mean, running_var)
+    mean, rstd = recompute.remember(
+        lambda: statistics.given(running_mean, running_var, eps, input), moves=False
+    )
+    return _normalize(spec, input, affine, mask=mask, residual=residual, mean=mean, rstd=rstd)[0]
+
+
+def _opened(step: Tensor, steps: tuple[int, int]) -> Tensor:
+    """How far limits are open, 0 to 1: linear between the first and the last of the steps."""
+    first, last = steps
+    return torch.where(step >= last, 1.0, (step - first) / max(last - first, 1)).clamp(0, 1)
 
 
 def _normalize(
     spec: Spec,
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    affine: Affine,
     *,
     mask: Tensor | None,
     residual: Tensor | None = None,
@@ -367,12 +527,16 @@ def _normalize(
     tracked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if residual is not None:
-        _check_like("residual", residual, x)
+        check_like("residual", residual, x)
     if mask is not None:
-        _check_mask(mask, x)
-    inputs = Inputs(x, weight, bias, residual, mask, mean, rstd)
+        check_mask(mask, x)
+    inputs = Inputs(x, affine.weight, affine.bias, residual, mask, mean, rstd)
     y, mean, _, var = autograd.normalize(spec, inputs, tracked)
     return y, mean, var
+
+
+def _unsqueezed(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.unsqueeze(0)
 
 
 def _autocast(name: str, x: Tensor) -> Tensor:
@@ -380,86 +544,3 @@ def _autocast(name: str, x: Tensor) -> Tensor:
     if name in _AUTOCAST_TO_FLOAT32.get(device, ()) and torch.is_autocast_enabled(device):
         return x.to(compute_dtype(x.dtype))
     return x
-
-
-def check_groups(groups: int, channels: int) -> None:
-    """groups divide channels, or ValueError with those that do."""
-    if not isinstance(groups, int) or groups < 1 or channels % groups:
-        dividing = [g for g in range(1, min(channels, 64) + 1) if channels % g == 0]
-        raise ValueError(
-            f"num_channels must be divisible by num_groups, got {channels} channels in {groups} "
-            f"groups; {channels} can be split into {', '.join(map(str, dividing))} groups"
-        )
-
-
-def check_normalized_shape(
-    normalized_shape: int | Sequence[int], channels_first: bool
-) -> tuple[int, ...]:
-    """The normalized axes as a tuple: at least one, and with `channels_first` just one."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape:
-        raise ValueError("normalized_shape must name at least one axis, got ()")
-    if channels_first and len(shape) != 1:
-        raise ValueError(f"channels_first normalizes the one axis C, got {shape}")
-    return shape
-
-
-def _check_input(x: Tensor, rank: int, shape: str, ranks: tuple[int, ...] | None = None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"expected a tensor as input, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(
-            f"expected a floating-point input, got {x.dtype}; convert it, as by .float()"
-        )
-    if ranks and x.dim() not in ranks:
-        raise ValueError(
-            f"expected {' or '.join(f'{r}D' for r in ranks)} input, got {x.dim()}D of shape "
-            f"{tuple(x.shape)}; add or remove axes, or use the layer for {x.dim()}D input"
-        )
-    if x.dim() < rank:
-        raise ValueError(f"expected input {shape}, got shape {tuple(x.shape)}")
-
-
-def _check_channels(x: Tensor, **parameters: Tensor | None) -> None:
-    channels = x.shape[1]
-    for name, parameter in parameters.items():
-        if parameter is None:
-            continue
-        if parameter.dim() != 1 or parameter.shape[0] != channels:
-            raise ValueError(
-                f"input has {channels} channels (axis 1), but {name} has shape "
-                f"{tuple(parameter.shape)}; the layer and its input must agree"
-            )
-        _check_device(name, parameter, x)
-
-
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, the input on {x.device}; move one to the other by .to()"
-        )
-
-
-def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor like the input, got {type(tensor).__name__}")
-    for what in ("shape", "dtype", "device"):
-        met, expected = getattr(tensor, what), getattr(x, what)
-        if met != expected:
-            error = TypeError if what == "dtype" else ValueError
-            raise error(f"{name} must have the input's {what}, {expected}, got {met}")
-
-
-def _check_mask(mask: Tensor, x: Tensor) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        met = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a boolean tensor (True: take part), got {met}")
-    shapes_fit = mask.dim() == x.dim() and all(
-        m in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)
-    )
-    if not shapes_fit:
-        raise ValueError(
-            f"mask must have the input's rank and broadcast to its shape {tuple(x.shape)}, got "
-            f"{tuple(mask.shape)}; a mask of (N, L) for input (N, C, L) is mask[:, None, :]"
-        )
-    _check_device("mask", mask, x)

@@ -7,15 +7,35 @@ hold. They are thin over `normkit.functional`, whose docstrings give the formula
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from . import functional
+from . import checks, functional
+from .backend import aten
 from .spec import check_act, check_eps, check_momentum
+
+
+@torch.fx.wrap
+def _given_if_any(own: Tensor | None, given: Tensor | None) -> Tensor | None:
+    return own if given is None else given
+
+
+def _given_or(own: Tensor | None, given: Tensor | None) -> Tensor | None:
+    """What the call gives, else the layer's own.
+
+    An argument of a graph that torch.fx traces may still be given or not when that graph runs, so
+    only then is the choice part of the graph.
+    """
+    if isinstance(given, torch.fx.Proxy):
+        return _given_if_any(own, given)
+    return own if given is None else given
 
 
 class _Norm(nn.Module):
@@ -40,6 +60,15 @@ class _Norm(nn.Module):
         except (ValueError, TypeError) as error:
             raise type(error)(f"{self}: {error}") from error
 
+    def _warn_if_exported(self) -> None:
+        """Said by layers that training and evaluation make differ, where they are in training."""
+        if aten.exporting():
+            warnings.warn(
+                f"{self} is exported in training mode: its graph normalizes by each batch and "
+                "moves running statistics; call .eval() on the model first",
+                stacklevel=3,
+            )
+
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
             f"{self}: TorchScript is not supported; use torch.export.export or torch.compile, or "
@@ -52,7 +81,14 @@ class _Norm(nn.Module):
 
 
 class _BatchLayer(_Norm, _BatchNorm):
+    """Where statistics come from: the batch in training, running averages in evaluation or frozen.
+
+    `frozen` and `micro_batches` are set by the methods below, never by torch's `train` or `eval`.
+    """
+
     ranks: tuple[int, ...] | None = None
+    frozen: bool = False
+    micro_batches: int = 1
 
     @functools.wraps(_BatchNorm.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -60,20 +96,35 @@ class _BatchLayer(_Norm, _BatchNorm):
         self._check()
 
     def forward(
-        self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """y of input (N, C, *); `residual` is added before `act`. See `functional.batch_norm`."""
+        """y of input (N, C, *); `residual` is added before `act`. See `functional.batch_norm`.
+
+        `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
+        """
+        function, own = self._formula()
         tracked = self.running_mean is not None and self.running_var is not None
-        tracking = self.training and self.track_running_stats
-        read = tracking or (tracked and not self.training)
+        by_running = tracked and (self.frozen or not self.training)
+        moving = self.training and self.track_running_stats and not by_running
+        if moving:
+            self._warn_if_exported()
+        if moving and self.micro_batches > 1:
+            own |= {"pending": self._pending(), "micro_batches": self.micro_batches}
+        read = by_running or moving
         return self._call(
-            functional.batch_norm,
+            function,
             input,
             self.running_mean if read else None,
             self.running_var if read else None,
-            self.weight,
-            self.bias,
-            self.training or not tracked,
+            _given_or(self.weight, weight),
+            _given_or(self.bias, bias),
+            not by_running,
             self.momentum,
             self.eps,
             num_batches_tracked=self.num_batches_tracked if read else None,
@@ -81,7 +132,104 @@ class _BatchLayer(_Norm, _BatchNorm):
             residual=residual,
             act=self.act,
             ranks=self.ranks,
+            **own,
         )
+
+    def _formula(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+        """The functional form of this layer, and the arguments that it alone has."""
+        return functional.batch_norm, {}
+
+    def freeze(self) -> Self:
+        """Normalize by the running statistics, in training too, and leave them as they are.
+
+        Until `unfreeze()`: `train()` doesn't thaw it, a state dict carries it in its `_metadata`,
+        and `reset_running_stats()` (which torch's `update_bn` calls) leaves a frozen layer alone.
+        weight and bias still learn, unless their `requires_grad` is off.
+
+        Raises:
+            ValueError: the layer has no running statistics.
+        """
+        self._need_running("freeze")
+        self.frozen = True
+        return self
+
+    def unfreeze(self) -> Self:
+        """Undo `freeze()`."""
+        self.frozen = False
+        return self
+
+    def accumulate(self, micro_batches: int) -> Self:
+        """Move the running statistics once in `micro_batches` forwards, by their union.
+
+        For gradient accumulation: they move at the last micro-batch, as after one batch of the same
+        layer inputs. Each micro-batch is still normalized by its own statistics. What has been
+        accumulated isn't in the state dict, and starts anew with each call; 1 is off.
+
+        Raises:
+            ValueError: micro_batches isn't an integer >= 1; the layer has no running statistics.
+        """
+        if not isinstance(micro_batches, int) or micro_batches < 1:
+            raise ValueError(
+                f"{self}: micro_batches must be an integer >= 1, got {micro_batches!r}; it is the "
+                "number of forwards between two optimizer steps"
+            )
+        self._need_running("accumulate")
+        self.micro_batches = micro_batches
+        assert self.running_mean is not None
+        mean = self.running_mean
+        for name in _PENDING:
+            self._buffers.pop(name, None)
+        if micro_batches > 1:
+            whole = torch.zeros_like(mean, dtype=torch.long)
+            values = (whole, torch.zeros_like(mean), torch.zeros_like(mean), whole.new_zeros(()))
+            for name, value in zip(_PENDING, values, strict=True):
+                self.register_buffer(name, value, persistent=False)
+        return self
+
+    def _pending(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in _PENDING)
+
+    def _need_running(self, what: str) -> None:
+        if self.running_mean is None or self.running_var is None:
+            raise ValueError(
+                f"{self}: {what} needs running statistics; make the layer with "
+                "track_running_stats=True"
+            )
+
+    def reset_running_stats(self) -> None:
+        """As torch's, and forget what was accumulated; a frozen layer keeps its statistics."""
+        if not self.frozen:
+            super().reset_running_stats()
+            if self.micro_batches > 1:
+                for buffer in self._pending():
+                    buffer.zero_()
+
+    def reset_parameters(self) -> None:
+        """As torch's: all parameters and statistics anew, those of a frozen layer too."""
+        frozen, self.frozen = self.frozen, False
+        super().reset_parameters()
+        self.frozen = frozen
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.frozen and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["frozen"] = True
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("frozen", False):
+            self.frozen = True
+
+    def extra_repr(self) -> str:
+        own = ", frozen=True" if self.frozen else ""
+        if self.micro_batches > 1:
+            own += f", micro_batches={self.micro_batches}"
+        return super().extra_repr() + own
+
+
+_PENDING = ("pending_count", "pending_mean", "pending_var", "pending_batches")
 
 
 class BatchNorm1d(_BatchLayer, nn.BatchNorm1d):
@@ -129,8 +277,125 @@ class BatchNorm(_BatchLayer):
         self._check()
 
 
+class FrozenBatchNorm(BatchNorm):
+    """Batch normalization by fixed statistics, scale and shift, of any (N, C, *).
+
+    y = act((x - running_mean) / sqrt(running_var + eps) * weight + bias + residual)
+
+    The same in training and evaluation, as `BatchNorm.freeze()`; weight and bias are buffers
+    besides, so that no optimizer and no `requires_grad_()` gets at them. The state dict has the
+    keys of `BatchNorm`'s, and loads from it. To train any of it, use `BatchNorm` and `freeze()`.
+
+    Args:
+        num_features, eps, device, dtype: those of `torch.nn.BatchNorm1d`.
+        act: None, "relu", "leaky_relu", "silu" or "gelu".
+
+    Source: He et al. 2016 (arXiv 1512.03385), section 4.3 of its appendix A, for detection.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        *,
+        act: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, act=act, device=device, dtype=dtype)
+        for name in ("weight", "bias"):
+            parameter = self._parameters.pop(name)
+            assert parameter is not None
+            self.register_buffer(name, parameter.detach())
+        self.freeze()
+
+    def unfreeze(self) -> NoReturn:
+        """Refused."""
+        raise RuntimeError(f"{self} can't be thawed; use BatchNorm, which has freeze() as well")
+
+
+class GhostBatchNorm(BatchNorm):
+    """Batch normalization of any (N, C, *) by the statistics of parts of the batch.
+
+    y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual), statistics per ghost
+
+    In training the N samples are split in their order into ceil(N / ghost_size) ghost batches,
+    whose sizes differ by at most one; the running statistics move by those of the whole batch, as
+    `BatchNorm`'s. Evaluation uses the running ones.
+
+    Args:
+        num_features: C.
+        ghost_size: the largest number of samples that share statistics.
+        *args, **kwargs: the rest of `BatchNorm`'s.
+
+    State: as `BatchNorm`'s. Formula, errors and source: `normkit.functional.batch_norm`.
+    """
+
+    def __init__(self, num_features: int, ghost_size: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        self.ghost_size = ghost_size
+        self._call(checks.check_ghost_size, ghost_size)
+
+    def _formula(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+        return functional.batch_norm, {"ghost_size": self.ghost_size}
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + f", ghost_size={self.ghost_size}"
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization of any (N, C, *): batch norm corrected towards the running averages.
+
+    y = act(((x - mean) / σ * r + d) * weight + bias + residual), σ = sqrt(variance + eps)
+
+    In training r and d, constants to the gradient, bring x̂ to what the running averages would give,
+    within limits that open as `num_batches_tracked`, which the state dict holds, grows. All
+    variances are biased, the running one too. Evaluation is that of `BatchNorm`.
+
+    Args:
+        num_features: C.
+        r_max, d_max: r stays in [1 / r_max, r_max], d in [-d_max, d_max].
+        r_steps, d_steps: (first, last) training step between which the limits open linearly, from
+            r = 1 and d = 0; (0, 0): open from the start.
+        momentum: the paper's 0.01 by default; torch's convention, the weight of the new batch.
+        eps, affine, act, device, dtype: those of `BatchNorm`.
+
+    State: as `BatchNorm`'s. Formula, errors and source: `normkit.functional.batch_renorm`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        *,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        r_steps: tuple[int, int] = (5_000, 40_000),
+        d_steps: tuple[int, int] = (5_000, 25_000),
+        act: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, act=act, device=device, dtype=dtype)
+        self.r_max, self.d_max = r_max, d_max
+        self.r_steps, self.d_steps = r_steps, d_steps
+        self._call(checks.check_limits, **self._limits())
+
+    def _limits(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("r_max", "d_max", "r_steps", "d_steps")}
+
+    def _formula(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+        return functional.batch_renorm, self._limits()
+
+    def extra_repr(self) -> str:
+        limits = (f"{name}={value}" for name, value in self._limits().items())
+        return ", ".join([super().extra_repr(), *limits])
+
+
 class _InstanceLayer(_Norm, _InstanceNorm):
-    unbatched_rank: int
+    unbatched_rank: int | None = None
 
     def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -138,23 +403,35 @@ class _InstanceLayer(_Norm, _InstanceNorm):
         self._check()
 
     def forward(
-        self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """y of input (N, C, *) or (C, *); `residual` is added before `act`."""
+        """y of input (N, C, *) or (C, *); `residual` is added before `act`.
+
+        `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
+        """
+        if self.training and self.track_running_stats:
+            self._warn_if_exported()
+        unbatched = self.unbatched_rank
         return self._call(
             functional.instance_norm,
             input,
             self.running_mean,
             self.running_var,
-            self.weight,
-            self.bias,
+            _given_or(self.weight, weight),
+            _given_or(self.bias, bias),
             self.training or not self.track_running_stats,
             self.momentum if self.momentum is not None else 0.0,
             self.eps,
             mask=mask,
             residual=residual,
             act=self.act,
-            ranks=(self.unbatched_rank, self.unbatched_rank + 1),
+            ranks=None if unbatched is None else (unbatched, unbatched + 1),
             num_features=self.num_features,
         )
 
@@ -190,6 +467,13 @@ class InstanceNorm3d(_InstanceLayer, nn.InstanceNorm3d):
     unbatched_rank = 4
 
 
+class InstanceNorm(_InstanceLayer):
+    """Instance normalization of any (N, C, *) with at least one position axis; as `InstanceNorm1d`.
+
+    There is no unbatched form, which couldn't be told from a batched one.
+    """
+
+
 class GroupNorm(_Norm, nn.GroupNorm):
     """Drop-in for `torch.nn.GroupNorm`: groups of channels of each sample of (N, C, *).
 
@@ -208,21 +492,30 @@ class GroupNorm(_Norm, nn.GroupNorm):
     def __init__(
         self, num_groups: int, num_channels: int, *args: Any, act: str | None = None, **kwargs: Any
     ) -> None:
-        functional.check_groups(num_groups, num_channels)
+        checks.check_groups(num_groups, num_channels)
         super().__init__(num_groups, num_channels, *args, **kwargs)
         self.act = act
         self._check()
 
     def forward(
-        self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """y of input (N, C, *); `residual` is added before `act`."""
+        """y of input (N, C, *); `residual` is added before `act`.
+
+        `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
+        """
         return self._call(
             functional.group_norm,
             input,
             self.num_groups,
-            self.weight,
-            self.bias,
+            _given_or(self.weight, weight),
+            _given_or(self.bias, bias),
             self.eps,
             mask=mask,
             residual=residual,
@@ -244,7 +537,7 @@ class _RowLayer(_Norm):
         act: str | None = None,
         **kwargs: Any,
     ) -> None:
-        functional.check_normalized_shape(normalized_shape, channels_first)
+        checks.check_normalized_shape(normalized_shape, channels_first)
         super().__init__(normalized_shape, *args, **kwargs)
         self.channels_first = channels_first
         self.act = act
@@ -253,17 +546,19 @@ class _RowLayer(_Norm):
     def _rows(
         self,
         function: Callable[..., Any],
-        affine: tuple[Tensor | None, ...],
         input: Tensor,
         mask: Tensor | None,
         add: Tensor | None,
+        weight: Tensor | None,
+        **own: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         return self._call(
             function,
             input,
             self.normalized_shape,
-            *affine,
-            self.eps,
+            weight,
+            eps=self.eps,
+            **own,
             channels_first=self.channels_first,
             mask=mask,
             add=add,
@@ -290,10 +585,20 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
     """
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, mask: Tensor | None = None, add: Tensor | None = None
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        add: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """y, or with `add` (norm(input + add), input + add)."""
-        return self._rows(functional.layer_norm, (self.weight, self.bias), input, mask, add)
+        """y, or with `add` (norm(input + add), input + add).
+
+        `weight` and `bias`, per sample or broadcasting to input, take the place of the layer's own.
+        """
+        weight, bias = _given_or(self.weight, weight), _given_or(self.bias, bias)
+        return self._rows(functional.layer_norm, input, mask, add, weight, bias=bias)
 
 
 class RMSNorm(_RowLayer, nn.RMSNorm):
@@ -301,13 +606,48 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
 
     y = act(x / sqrt(<x²> + eps) * weight)
 
-    weight: normalized_shape. The same in training and evaluation. Arguments as those of
-    `LayerNorm`; `eps=None` is the machine epsilon of the compute dtype. Formula, errors and
-    source: `normkit.functional.rms_norm`.
+    weight: normalized_shape. The same in training and evaluation.
+
+    Args:
+        normalized_shape, *args, **kwargs: those of `torch.nn.RMSNorm`; `eps=None` is the machine
+            epsilon of the compute dtype.
+        zero_centered_weight: scale by 1 + weight, weight 0 at first (Gemma's).
+        channels_first, act: as `LayerNorm`'s.
+
+    Formula, errors and source: `normkit.functional.rms_norm`.
     """
 
+    zero_centered_weight: bool = False
+
+    def __init__(self, *args: Any, zero_centered_weight: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.zero_centered_weight = zero_centered_weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """weight to 1, or to 0 where it is zero-centred."""
+        super().reset_parameters()
+        if self.zero_centered_weight and self.weight is not None:
+            nn.init.zeros_(self.weight)
+
+    def extra_repr(self) -> str:
+        own = ", zero_centered_weight=True" if self.zero_centered_weight else ""
+        return super().extra_repr() + own
+
     def forward(  # type: ignore[override]
-        self, input: Tensor, mask: Tensor | None = None, add: Tensor | None = None
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        add: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """y, or with `add` (norm(input + add), input + add)."""
-        return self._rows(functional.rms_norm, (self.weight,), input, mask, add)
+        """y, or with `add` (norm(input + add), input + add).
+
+        `weight`, per sample or broadcasting to input, takes the place of the layer's own; `bias`
+        is added.
+        """
+        weight = _given_or(self.weight, weight)
+        centered = {"zero_centered_weight": self.zero_centered_weight}
+        return self._rows(functional.rms_norm, input, mask, add, weight, bias=bias, **centered)

@@ -12,13 +12,14 @@ from torch import Tensor
 class Pool:
     """The elements of x that share a mean and a variance.
 
-    x is seen as ``(n, g, k, *s)``: samples, groups, channels of a group, positions. `summed` names
-    the letters that are pooled; the others index the statistics.
+    x is seen as ``(b, n, g, k, *s)``: ghost batches, their samples, groups, channels of a group,
+    positions. `summed` names the letters that are pooled; the others index the statistics.
 
     ========================  ======  ======  ========  =====================
     norm                      summed  groups  trailing  statistics
     ========================  ======  ======  ========  =====================
     batch                     n s     -       0         (C,)
+    ghost batch               n s     -       0         (B, C)
     instance                  s       -       0         (N, C)
     group                     k s     G       0         (N, G)
     layer, over the channels  k       1       0         (N, *S)
@@ -26,29 +27,35 @@ class Pool:
     ========================  ======  ======  ========  =====================
 
     `groups` is None where each channel is a group of its own. `trailing` is the number of last axes
-    that are k when channels don't lie on axis 1; every other axis is then n.
+    that are k when channels don't lie on axis 1; every other axis is then n. `ghosts` is the number
+    B of equal ghost batches that the samples are split into; None for one batch, without the axis.
     """
 
     summed: Literal["ns", "s", "ks", "k"]
     groups: int | None = None
     trailing: int = 0
+    ghosts: int | None = None
 
     def view(self, x: Tensor) -> Tensor:
-        """x as ``(n, g, k, *s)`` for group pools, whose channels span two axes; else x itself."""
+        """x as ``(n, g, k, *s)`` for group pools, ``(b, n, k, *s)`` for ghosts; else x itself."""
         if self.summed == "ks":
             assert self.groups is not None
             return x.unflatten(1, (self.groups, x.shape[1] // self.groups))
+        if self.ghosts is not None:
+            return x.unflatten(0, (self.ghosts, x.shape[0] // self.ghosts))
         return x
 
     def unview(self, x: Tensor) -> Tensor:
         """Undo `view`."""
-        return x.flatten(1, 2) if self.summed == "ks" else x
+        if self.summed == "ks":
+            return x.flatten(1, 2)
+        return x if self.ghosts is None else x.flatten(0, 1)
 
     def axes(self, ndim: int) -> tuple[int, ...]:
         """The pooled axes of a view with `ndim` axes."""
         match self.summed:
             case "ns":
-                return (0, *range(2, ndim))
+                return (0, *range(2, ndim)) if self.ghosts is None else (1, *range(3, ndim))
             case "k":
                 return tuple(range(ndim - self.trailing, ndim)) if self.trailing else (1,)
             case _:
@@ -67,18 +74,25 @@ class Pool:
             assert self.groups is not None
             groups = (self.groups, parameter.shape[0] // self.groups)
             return parameter.reshape(*groups, *[1] * (ndim - 3))
-        return parameter.reshape(-1, *[1] * (ndim - 2))
+        return parameter.reshape(-1, *[1] * (ndim - (2 if self.ghosts is None else 3)))
 
     def affine_axes(self, ndim: int) -> tuple[int, ...]:
         """The axes of a view over which a gradient of weight or bias is summed."""
         if self.trailing:
             return tuple(range(ndim - self.trailing))
+        if self.ghosts is not None:
+            return (0, 1, *range(3, ndim))
         return (0, *range(3 if self.summed == "ks" else 2, ndim))
 
 
 BATCH = Pool("ns")
 INSTANCE = Pool("s")
 CHANNELS = Pool("k", groups=1)
+
+
+def ghost(ghosts: int) -> Pool:
+    """The pool of ghost batch normalization, over this many ghost batches."""
+    return Pool("ns", ghosts=ghosts)
 
 
 def group(groups: int) -> Pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ class Spec:
 
     `center` is False where the mean is not subtracted (RMS); the variance is the mean square then.
     `given` is True where mean and rstd are handed in as constants instead of being taken from x.
+    `conditional` is True where weight and bias have x's rank and broadcast to it, as those of
+    AdaIN and FiLM; otherwise they have one value a channel, or one a normalized element.
     """
 
     pool: Pool
@@ -28,6 +31,7 @@ class Spec:
     center: bool = True
     act: str | None = None
     given: bool = False
+    conditional: bool = False
 
     def __post_init__(self) -> None:
         check_eps(self.eps)
@@ -73,6 +77,13 @@ def check_momentum(momentum: float | None) -> None:
 def check_act(act: str | None) -> None:
     """act is None or known, or ValueError with the nearest known name."""
     if act is not None and act not in ACTS:
-        near = difflib.get_close_matches(str(act).lower(), ACTS, n=1, cutoff=0.4)
-        hint = f" did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown act {act!r};{hint} known: None, {', '.join(map(repr, ACTS))}")
+        raise ValueError(unknown("act", act, (None, *ACTS)))
+
+
+def unknown(kind: str, name: object, known: Iterable[object]) -> str:
+    """The text of an error about a name that is none of the known ones; it names the nearest."""
+    known = list(dict.fromkeys(known))
+    names = [text for text in known if isinstance(text, str)]
+    near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.4)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r};{hint} known: {', '.join(map(repr, known))}"

@@ -1,14 +1,40 @@
-"""Running statistics: the state that training moves and evaluation reads."""
+"""Statistics of batches, and the running averages that training moves and evaluation reads."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import recompute, state
 from .pool import Pool
 from .spec import compute_dtype
+
+
+class Moments(NamedTuple):
+    """The number n of elements of pools, their mean and their biased variance, alike in shape."""
+
+    n: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+class Running(NamedTuple):
+    """Running averages and how they move.
+
+    `biased` says which variance they average. `pending`, where batches come in `micro_batches`
+    parts, is (count, mean, variance) of the parts so far and how many they are.
+    """
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor | None
+    momentum: float | None
+    biased: bool = False
+    pending: tuple[Tensor, ...] | None = None
+    micro_batches: int = 1
 
 
 def given(
@@ -16,55 +42,85 @@ def given(
 ) -> tuple[Tensor, Tensor]:
     """(mean, rstd) for evaluation: copies, since the buffers may move before the backward."""
     dtype = compute_dtype(x.dtype)
-    return running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).rsqrt()
+    mean, var = state.read(running_mean), state.read(running_var)
+    return mean.to(dtype, copy=True), (var.to(dtype) + eps).rsqrt()
+
+
+def moments(pool: Pool, x: Tensor, mask: Tensor | None, mean: Tensor, var: Tensor) -> Moments:
+    """The moments of x's pools, given their mean and variance."""
+    view = pool.view(x if mask is None else mask.expand(x.shape))
+    axes = pool.axes(view.dim())
+    if mask is None:
+        n = torch.full_like(mean, math.prod([view.shape[i] for i in axes]))
+    else:
+        n = view.sum(axes).to(mean.dtype)
+    return Moments(n, mean.detach(), var.detach())
+
+
+def pooled(parts: Moments) -> Moments:
+    """The moments of the union of the pools along axis 0: of ghost batches, or of micro-batches."""
+    n = parts.n.sum(0)
+    share = parts.n / n.clamp(min=1)
+    mean = (share * parts.mean).sum(0)
+    var = (share * (parts.var + (parts.mean - mean).square())).sum(0)
+    return Moments(n, mean, var)
 
 
 @torch.no_grad()
-def track(
-    pool: Pool,
-    x: Tensor,
-    mask: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-) -> None:
-    """Move the running averages, in place, towards this batch's mean and unbiased variance.
+def track(running: Running, batch: Moments, masked: bool) -> None:
+    """Move the running averages towards this batch's, once per real forward.
 
     running <- (1 - f) * running + f * batch, f = momentum, or 1 / (number of batches) where it is
-    None. Statistics per sample and channel are averaged over the samples. Empty pools move
-    nothing; pools of one value leave the variance alone.
+    None. Moments per sample and channel are averaged over the samples. Empty pools move nothing;
+    pools of one value leave the variance alone. With `pending` the batch is first united with the
+    parts before it, and only the last part moves the averages.
     """
-    mean, var = mean.detach(), var.detach()
-    seen: int | Tensor = 1
-    if mask is None:
-        count = math.prod([x.shape[i] for i in pool.axes(x.dim())])
-        filled = count > 0 and mean.numel() > 0
-        has_mean = torch.full_like(mean, filled, dtype=torch.bool)
-        has_var = has_mean & (count > 1)
-        unbiased = var * (count / max(count - 1, 1))
-    else:
-        counts = mask.expand(x.shape).sum(pool.axes(x.dim()))
-        has_mean, has_var = counts > 0, counts > 1
-        unbiased = var * (counts / (counts - 1).clamp(min=1)).to(var.dtype)
-        seen = has_mean.any()
-    factor: float | Tensor = 0.0 if momentum is None else momentum
-    if momentum is None and num_batches_tracked is not None:
-        factor = 1.0 / (num_batches_tracked + seen).clamp(min=1).to(running_mean.dtype)
-    moved_mean = _moved(running_mean, mean, has_mean, factor)
-    moved_var = _moved(running_var, unbiased, has_var, factor)
-    running_mean.copy_(moved_mean)
-    running_var.copy_(moved_var)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(seen)
+    if recompute.recomputing():
+        return
+    complete: bool | Tensor = True
+    if running.pending is not None:
+        batch, complete = _united(running.pending, batch, running.micro_batches)
+    has_mean, has_var = batch.n > 0, batch.n > 1
+    seen: int | Tensor = has_mean.any() if masked else 1
+    mean, var = batch.mean, batch.var
+    if not running.biased:
+        var = var * (batch.n / (batch.n - 1).clamp(min=1))
+    if mean.dim() == 2:
+        mean, has_mean = _averaged(mean, has_mean)
+        var, has_var = _averaged(var, has_var)
+    if running.pending is not None:
+        seen, has_mean, has_var = complete * seen, complete & has_mean, complete & has_var
+    factor: float | Tensor = 0.0 if running.momentum is None else running.momentum
+    if running.batches is not None:
+        batches = state.read(running.batches) + seen
+        if running.momentum is None:
+            factor = 1.0 / batches.clamp(min=1).to(mean.dtype)
+    moved_mean = _moved(state.read(running.mean), mean, has_mean, factor)
+    moved_var = _moved(state.read(running.var), var, has_var, factor)
+    state.write(running.mean, moved_mean)
+    state.write(running.var, moved_var)
+    if running.batches is not None:
+        state.write(running.batches, batches)
+
+
+def _united(
+    pending: tuple[Tensor, ...], part: Moments, micro_batches: int
+) -> tuple[Moments, Tensor]:
+    """The parts so far and this one, and whether it is the last; pending holds them, or none."""
+    *before, parts = (state.read(p) for p in pending)
+    both = [torch.stack([b.to(p.dtype), p]) for b, p in zip(before, part, strict=True)]
+    united = pooled(Moments(*both))
+    complete = parts + 1 == micro_batches
+    for buffer, value in zip(pending, (*united, parts + 1), strict=True):
+        state.write(buffer, torch.where(complete, 0, value))
+    return united, complete
+
+
+def _averaged(new: Tensor, has: Tensor) -> tuple[Tensor, Tensor]:
+    """The average over the samples that have any."""
+    return torch.where(has, new, 0).sum(0) / has.sum(0).clamp(min=1), has.any(0)
 
 
 def _moved(running: Tensor, new: Tensor, has: Tensor, factor: float | Tensor) -> Tensor:
-    new = torch.where(has, new, 0)
-    if new.dim() == 2:
-        new = new.sum(0) / has.sum(0).clamp(min=1)
-        has = has.any(0)
-    moved = running * (1 - factor) + new.to(running.dtype) * factor
+    moved = running.to(new.dtype) * (1 - factor) + new * factor
     return torch.where(has, moved, running)

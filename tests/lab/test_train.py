@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import normkit
 from normkit.lab.config import Config
 from normkit.lab.data import load_data
 from normkit.lab.errors import LabError
@@ -190,3 +191,11 @@ def test_a_model_that_cannot_be_studied_is_refused(function, said, tmp_path, mon
     config = Config(model=f"badmodels:{function}").resolved("speed")
     with pytest.raises(LabError, match=said):
         check(config, DATA, ["none", "batch"])
+
+
+def test_a_norm_is_any_that_the_factory_makes():
+    check(CONFIG, DATA, ["none", "batch", "group:4", "layer"])
+    model = build(CONFIG, DATA, "group:4", seed=0)
+    assert [type(m) for m in model.modules()].count(normkit.GroupNorm) == 3
+    with pytest.raises(ValueError, match="did you mean 'batch'"):
+        build(CONFIG, DATA, "bacth", seed=0)

@@ -21,9 +21,10 @@ def exporting() -> bool:
 
 def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.normalize`, without the statistics; masks and batch pools stay with it."""
-    pool, (x, weight, bias, residual, mask, _, _) = spec.pool, inputs
-    if mask is not None or pool.summed == "ns":
+    pool, x = spec.pool, inputs.x
+    if inputs.mask is not None or pool.summed == "ns":
         return reference.normalize(spec, inputs)
+    weight, bias = (None, None) if spec.conditional else (inputs.weight, inputs.bias)
     if pool.summed == "s":
         y = F.instance_norm(x, None, None, weight, bias, True, 0.0, spec.eps)
     elif pool.summed == "ks":
@@ -36,11 +37,24 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tenso
             y = F.layer_norm(rows, shape, weight, bias, spec.eps)
         else:
             y = F.rms_norm(rows, shape, weight, spec.eps)
+            y = y if bias is None else y + bias
         y = y if pool.trailing else y.movedim(-1, 1)
     none = x.new_empty(0)
-    return epilogue(spec, y, residual), none, none, none
+    return _epilogue(spec, inputs, y), none, none, none
 
 
-def epilogue(spec: Spec, y: Tensor, residual: Tensor | None) -> Tensor:
-    """act(y + residual)."""
-    return reference.ACTIVATIONS[spec.act][0](y if residual is None else y + residual)
+def by_running(spec: Spec, inputs: Inputs, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    """y by running statistics, as torch's batch norm in evaluation."""
+    weight, bias = (None, None) if spec.conditional else (inputs.weight, inputs.bias)
+    y = F.batch_norm(inputs.x, running_mean, running_var, weight, bias, False, 0.0, spec.eps)
+    return _epilogue(spec, inputs, y)
+
+
+def _epilogue(spec: Spec, inputs: Inputs, y: Tensor) -> Tensor:
+    """act(y * weight + bias + residual), the affine only where it is conditional."""
+    if spec.conditional and inputs.weight is not None:
+        y = y * inputs.weight
+    if spec.conditional and inputs.bias is not None:
+        y = y + inputs.bias
+    y = reference.ACTIVATIONS[spec.act][0](y if inputs.residual is None else y + inputs.residual)
+    return y if y.dtype == inputs.x.dtype else y.to(inputs.x.dtype)

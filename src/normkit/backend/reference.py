@@ -63,12 +63,14 @@ def normalize_backward(
     dz = _select(spec, inputs, pool.view(wide(dy)))
     if spec.act is not None:
         dz = ACTIVATIONS[spec.act][1](_affine(spec, inputs, standard), dz)
-    g = dz if weight is None else dz * pool.spread_affine(wide(weight), dz.dim())
+    g = dz if weight is None else dz * _spread(spec, inputs, weight)
     dx = pool.unview(_project(spec, inputs, g, standard, rstd))
 
     def parameter_gradient(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
         if parameter is None:
             return None
+        if spec.conditional:
+            return pool.unview(gradient).sum_to_size(parameter.shape).to(parameter.dtype)
         total = gradient.sum(pool.affine_axes(gradient.dim()))
         return total.reshape(parameter.shape).to(parameter.dtype)
 
@@ -91,18 +93,17 @@ def normalize_tangent(
     """The tangent of y: tx goes through the same projection as g does in the backward."""
     pool = spec.pool
     standard, _, rstd, _ = _standardize(spec, inputs)
-    ndim = standard.dim()
     tz = torch.zeros_like(standard)
     if tx is not None:
         tx = _select(spec, inputs, pool.view(wide(tx)))
         tx = _project(spec, inputs, tx, standard, rstd)
         if inputs.weight is not None:
-            tx = tx * pool.spread_affine(wide(inputs.weight), ndim)
+            tx = tx * _spread(spec, inputs, inputs.weight)
         tz = tz + tx
     if tweight is not None:
-        tz = tz + standard * pool.spread_affine(wide(tweight), ndim)
+        tz = tz + standard * _spread(spec, inputs, tweight)
     if tbias is not None:
-        tz = tz + pool.spread_affine(wide(tbias), ndim)
+        tz = tz + _spread(spec, inputs, tbias)
     if tresidual is not None:
         tz = tz + pool.view(wide(tresidual))
     if spec.act is not None:
@@ -186,14 +187,22 @@ def _project(spec: Spec, inputs: Inputs, g: Tensor, standard: Tensor, rstd: Tens
 
 
 def _affine(spec: Spec, inputs: Inputs, standard: Tensor) -> Tensor:
-    z, ndim = standard, standard.dim()
+    z = standard
     if inputs.weight is not None:
-        z = z * spec.pool.spread_affine(wide(inputs.weight), ndim)
+        z = z * _spread(spec, inputs, inputs.weight)
     if inputs.bias is not None:
-        z = z + spec.pool.spread_affine(wide(inputs.bias), ndim)
+        z = z + _spread(spec, inputs, inputs.bias)
     if inputs.residual is not None:
         z = z + _select(spec, inputs, spec.pool.view(wide(inputs.residual)))
     return z
+
+
+def _spread(spec: Spec, inputs: Inputs, parameter: Tensor) -> Tensor:
+    """A weight or bias in the shape that broadcasts against the view of x."""
+    x, parameter = inputs.x, wide(parameter)
+    if spec.conditional:
+        return spec.pool.view(parameter.expand(x.shape))
+    return spec.pool.spread_affine(parameter, spec.pool.view(x).dim())
 
 
 def _identity(z: Tensor) -> Tensor:

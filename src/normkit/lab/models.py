@@ -3,16 +3,17 @@
 Normalization layers draw no random numbers, so one seed gives every arm the same initial weights.
 """
 
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from normkit import BatchNorm
+from normkit.factory import NORMS, create
 from normkit.lab.config import Config
 from normkit.lab.data import Data
-from normkit.lab.errors import LabError, unknown
+from normkit.lab.errors import LabError
 from normkit.lab.user import call, load
 
 NormFactory = Callable[[int], nn.Module]
@@ -26,11 +27,8 @@ _LAST_ACTIVATION = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU
 
 
 def norm_factory(name: str) -> NormFactory | None:
-    """Return the factory of the named normalization: `none` or `batch`."""
-    factories: dict[str, NormFactory | None] = {"none": None, "batch": BatchNorm}
-    if name not in factories:
-        raise unknown("norm", name, factories)
-    return factories[name]
+    """Return the factory of the named normalization, one of `normkit.create`'s; None for `none`."""
+    return None if name == "none" else functools.partial(create, name)
 
 
 def build(config: Config, data: Data, norm: str, seed: int) -> nn.Module:
@@ -60,8 +58,8 @@ def check(config: Config, data: Data, norms: list[str]) -> None:
                 f"model {config.model!r} returned {got} for inputs {tuple(x.shape)}; "
                 f"it must return class scores of shape {(len(x), data.classes)}"
             )
-        factory = norm_factory(norm)
-        if factory is not None and not any(type(m) is type(factory(1)) for m in model.modules()):
+        layer = None if norm == "none" else NORMS[norm.partition(":")[0]].layer
+        if layer is not None and not any(type(m) is layer for m in model.modules()):
             raise LabError(
                 f"model {config.model!r} has no normalization layers though norm= was given; "
                 "build them in it with norm(features) wherever it is not None"

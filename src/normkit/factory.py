@@ -1,0 +1,105 @@
+"""One factory for every normalization layer, by name."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .beside import DyT, FilterResponseNorm, GlobalResponseNorm
+from .layers import (
+    BatchNorm,
+    BatchRenorm,
+    FrozenBatchNorm,
+    GhostBatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    RMSNorm,
+)
+from .spec import unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a name makes.
+
+    `number` is the argument that stands behind the colon, as in "group:32"; `features` the one
+    that takes num_features; `preset` what differs from the layer's own defaults.
+    """
+
+    layer: type[nn.Module]
+    number: str | None = None
+    features: str = "num_features"
+    preset: dict[str, Any] = field(default_factory=dict)
+
+
+_CHANNELS_FIRST = {"channels_first": True}
+
+NORMS = {
+    "batch": Entry(BatchNorm),
+    "ghost": Entry(GhostBatchNorm, "ghost_size"),
+    "renorm": Entry(BatchRenorm),
+    "frozen": Entry(FrozenBatchNorm),
+    "instance": Entry(InstanceNorm),
+    "group": Entry(GroupNorm, "num_groups", "num_channels"),
+    "layer": Entry(LayerNorm, None, "normalized_shape", _CHANNELS_FIRST),
+    "rms": Entry(RMSNorm, None, "normalized_shape", _CHANNELS_FIRST),
+    "dyt": Entry(DyT, preset=_CHANNELS_FIRST),
+    "frn": Entry(FilterResponseNorm),
+    "grn": Entry(GlobalResponseNorm),
+}
+"""Every name that `create` knows."""
+
+
+def create(name: str, num_features: int, **kwargs: Any) -> nn.Module:
+    """The normalization layer of this name, for inputs (N, C, *) with C = num_features.
+
+    `functools.partial(normkit.create, "group:8")` is a `norm_layer=` of timm and torchvision.
+    Layer norm, RMS norm and DyT take the channels on axis 1 here, unlike by their constructors;
+    `channels_first=False` takes them on the last axis, as in transformers.
+
+    Args:
+        name: one of `normkit.factory.NORMS`; "group:8" says the number of groups.
+        num_features: C.
+        **kwargs: further arguments of the layer's constructor.
+
+    Returns:
+        The layer.
+
+    Raises:
+        ValueError: an unknown name; a number where none belongs, or none where one does; whatever
+            the constructor refuses.
+        TypeError: an unknown argument.
+    """
+    kind, colon, number = name.partition(":")
+    if kind not in NORMS:
+        raise ValueError(unknown("norm", kind, NORMS))
+    entry = NORMS[kind]
+    if entry.number is None and colon:
+        raise ValueError(f"{kind!r} takes no number, got {name!r}")
+    if entry.number is not None and not number.isdecimal():
+        raise ValueError(f"{kind!r} needs its {entry.number}, as in '{kind}:8', got {name!r}")
+    given = {entry.features: num_features}
+    if entry.number is not None:
+        given[entry.number] = int(number)
+    known = [argument for argument in arguments(entry.layer) if argument not in given]
+    for argument in kwargs:
+        if argument not in known:
+            raise TypeError(f"create({name!r}): " + unknown("argument", argument, known))
+    return entry.layer(**given, **entry.preset | kwargs)
+
+
+def arguments(layer: type[nn.Module]) -> list[str]:
+    """The names of a constructor's arguments, those included that it hands on by **kwargs."""
+    names: list[str] = []
+    for base in layer.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return names

@@ -1,0 +1,233 @@
+"""Standardization of inputs by the statistics of a data set."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from .layers import _Norm
+
+
+class Standardize(_Norm):
+    """Inputs with mean 0 and standard deviation 1 over the data it was fitted on.
+
+    y = (x - mean) / std,  and `inverse`: x = y * std + mean
+
+    `shape` says what has a mean of its own: `Standardize(3)` each channel of (N, 3, *) or each
+    feature of (N, 3), `Standardize((3, 32, 32))` each pixel of (N, 3, 32, 32). It lies on the axes
+    from 1 on, or with `channels_first=False` on the last ones; everything else is pooled.
+
+    mean, std (float64) and count (int64) of that shape are buffers, saved with the model. They
+    stay float64 when the model is cast, since a mean may need more digits than the network: x is
+    shifted and scaled in float64, y has x's floating dtype (the default one for integers).
+    Training and evaluation are the same. A constant feature has std 1, so that it comes out as 0:
+    it is shifted, not scaled, and `fit` warns of it.
+
+    Args:
+        shape: the shape of the statistics.
+        channels_first: the shape lies on the axes from 1 on; False: on the last axes.
+        ignore_nan: `fit` leaves NaN out; they stay NaN in y. Without it they are an error.
+        device: of the buffers.
+
+    Raises:
+        RuntimeError: called before `fit` or before fitted statistics are loaded.
+        ValueError: an input whose axes don't have this shape.
+        TypeError: an input that isn't a real tensor.
+
+    Source: batches are merged as in Chan, Golub & LeVeque 1979 (Stanford STAN-CS-79-773),
+    equation 2.1; std is that of the population (divided by the count).
+    """
+
+    mean: Tensor
+    std: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        *,
+        channels_first: bool = True,
+        ignore_nan: bool = False,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if not self.shape or any(n < 1 for n in self.shape):
+            raise ValueError(
+                f"Standardize: shape must name at least one axis of at least 1, got {shape}"
+            )
+        self.channels_first, self.ignore_nan = channels_first, ignore_nan
+        wide = {"dtype": torch.float64, "device": device}
+        self.register_buffer("mean", torch.zeros(self.shape, **wide))
+        self.register_buffer("std", torch.ones(self.shape, **wide))
+        self.register_buffer("count", torch.zeros(self.shape, dtype=torch.int64, device=device))
+        self._fitted = False
+
+    @torch.no_grad()
+    def fit(
+        self, data: Tensor | Iterable[Any], pick: Callable[[Any], Tensor] | None = None
+    ) -> Standardize:
+        """Take the statistics of the data, in one pass, in float64; what was fitted is replaced.
+
+        Args:
+            data: a tensor, or an iterable of batches, as a DataLoader is.
+            pick: the input of a batch, as `lambda batch: batch["image"]`, where a batch isn't a
+                tensor itself.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: no data; a feature without a value; infinite values; NaN without
+                `ignore_nan`; a batch of another shape.
+            TypeError: a batch that isn't a tensor, or isn't real.
+
+        An exception, also one of the data's own, leaves the statistics as they were.
+        """
+        total: _Moments | None = None
+        for batch in [data] if isinstance(data, Tensor) else data:
+            x = batch if pick is None else pick(batch)
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"{self}: expected batches that are tensors, got {type(x).__name__}; give "
+                    "fit(data, pick=...) a function that takes the input out of a batch, as "
+                    "pick=lambda batch: batch[0]"
+                )
+            moments = self._call(_moments, x, self.shape, self.channels_first, self.ignore_nan)
+            total = moments if total is None else _merge(total, moments)
+        if total is None or not total.count.any():
+            raise ValueError(f"{self}: fitted on nothing; the data held no values")
+        if not total.count.all():
+            raise ValueError(f"{self}: no values but NaN in {_at(total.count == 0)}")
+        constant = total.m2 == 0
+        if constant.any():
+            warnings.warn(
+                f"{self}: constant over the data, so shifted but not scaled: {_at(constant)}",
+                stacklevel=2,
+            )
+        std = (total.m2 / total.count).sqrt()
+        self.mean.copy_(total.mean)
+        self.std.copy_(torch.where(constant, 1.0, std))
+        self.count.copy_(total.count)
+        self._fitted = True
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(input - mean) / std, of the input's shape."""
+        self._check_fitted()
+        return self._call(_standardize, input, self.mean, self.std, self.channels_first)
+
+    def inverse(self, input: Tensor) -> Tensor:
+        """input * std + mean: what gives `input` when it is standardized."""
+        self._check_fitted()
+        return self._call(_restore, input, self.mean, self.std, self.channels_first)
+
+    def extra_repr(self) -> str:
+        shape = self.shape[0] if len(self.shape) == 1 else self.shape
+        return f"{shape}, channels_first={self.channels_first}, ignore_nan={self.ignore_nan}"
+
+    def _check_fitted(self) -> None:
+        if not self._fitted:
+            raise RuntimeError(f"{self}: used before fit; call fit(data) or load a state dict")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardize:
+        before = {name: getattr(self, name) for name in ("mean", "std")}
+        super()._apply(fn, recurse)
+        for name, statistic in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != statistic.dtype:
+                setattr(self, name, statistic.to(moved.device))
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._fitted = bool((self.count > 0).all())
+
+
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+
+def _moments(x: Tensor, shape: tuple[int, ...], channels_first: bool, ignore_nan: bool) -> _Moments:
+    first = _first_axis(x, shape, channels_first)
+    axes = tuple(i for i in range(x.dim()) if not first <= i < first + len(shape))
+    spread = [1 if i in axes else n for i, n in enumerate(x.shape)]
+    if x.isinf().any():
+        raise ValueError("infinite values in the data; a mean and a std need finite ones")
+    x = x.double()
+    valid = ~x.isnan()
+    count = valid.sum(axes)
+    missing = count < x.numel() // count.numel()
+    if missing.any() and not ignore_nan:
+        raise ValueError(f"NaN in {_at(missing)} of the data; ignore_nan=True leaves them out")
+    if x.numel() == 0:
+        return _Moments(count, count.double(), count.double())
+    # Shifted by a value of its own, a constant feature is 0 throughout: its m2 is 0 exactly.
+    low = torch.where(valid, x, torch.inf).amin(axes)
+    low = torch.where(count > 0, low, 0)
+    x = torch.where(valid, x - low.reshape(spread), 0)
+    mean = x.sum(axes) / count.clamp(min=1)
+    x = torch.where(valid, x - mean.reshape(spread), 0)
+    return _Moments(count, low + mean, x.square().sum(axes))
+
+
+def _merge(a: _Moments, b: _Moments) -> _Moments:
+    """The moments of two sets together."""
+    count = a.count + b.count
+    share = b.count.double() / count.clamp(min=1)
+    delta = b.mean - a.mean
+    return _Moments(count, a.mean + delta * share, a.m2 + b.m2 + delta.square() * a.count * share)
+
+
+def _standardize(x: Tensor, mean: Tensor, std: Tensor, channels_first: bool) -> Tensor:
+    mean, std = (_spread(s, x, channels_first) for s in (mean, std))
+    return ((x.double() - mean) / std).to(_floating(x))
+
+
+def _restore(x: Tensor, mean: Tensor, std: Tensor, channels_first: bool) -> Tensor:
+    mean, std = (_spread(s, x, channels_first) for s in (mean, std))
+    return (x.double() * std + mean).to(_floating(x))
+
+
+for _name in ("_standardize", "_restore"):
+    torch.fx.wrap(_name)
+
+
+def _first_axis(x: Tensor, shape: tuple[int, ...], channels_first: bool) -> int:
+    """Where the statistics' shape lies in that of x, which is checked."""
+    if not isinstance(x, Tensor) or x.is_complex() or x.dtype == torch.bool:
+        met = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"expected a tensor of real numbers, got {met}")
+    first = 1 if channels_first else x.dim() - len(shape)
+    if first < 1 or tuple(x.shape[first : first + len(shape)]) != shape:
+        sizes = ", ".join(map(str, shape))
+        form = f"(N, {sizes}, *)" if channels_first else f"(N, *, {sizes})"
+        raise ValueError(f"expected input {form}, got shape {tuple(x.shape)}")
+    return first
+
+
+def _spread(statistic: Tensor, x: Tensor, channels_first: bool) -> Tensor:
+    """A statistic in the shape that broadcasts against x."""
+    first = _first_axis(x, tuple(statistic.shape), channels_first)
+    return statistic.reshape(*statistic.shape, *[1] * (x.dim() - first - statistic.dim()))
+
+
+def _at(where: Tensor) -> str:
+    """The first indices where it is True, in words."""
+    indices = [tuple(i) if len(i) > 1 else i[0] for i in where.nonzero().tolist()]
+    shown = ", ".join(map(str, indices[:5]))
+    more = f" and {len(indices) - 5} more" if len(indices) > 5 else ""
+    return f"feature {shown}{more}"
+
+
+def _floating(x: Tensor) -> torch.dtype:
+    return x.dtype if x.is_floating_point() else torch.get_default_dtype()
