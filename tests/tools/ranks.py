@@ -16,10 +16,10 @@ def on_ranks(function, *args):
     ranks = [spawn.Process(target=_main, args=(r, port, results, function, args)) for r in (0, 1)]
     for rank in ranks:
         rank.start()
-    got = dict(results.get(timeout=100) for _ in ranks)
     for rank in ranks:
-        rank.join(timeout=30)
-    return got
+        rank.join(timeout=100)
+        assert rank.exitcode == 0
+    return dict(results.get(timeout=1) for _ in ranks)
 
 
 def _main(rank, port, results, function, args):

@@ -36,3 +36,33 @@ def inspect_rank(rank, size):
     net = healthy()
     report = normkit.inspect(net, data(size=size))
     return sorted({f.name for f in report.rows})
+
+
+def dropping():
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    )
+    net.append(nn.BatchNorm1d(4))
+    return net
+
+
+def recalibrate_rank(rank, sizes, fail=False, wrap=False):
+    torch.manual_seed(0)
+    net = dropping()
+    data = torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(7))
+    mine = data.split([sum(sizes[0]), sum(sizes[1])])[rank].split(sizes[rank])
+    if fail:
+        normkit.recalibrate(net, [] if rank else list(mine), broken)
+    model = nn.parallel.DistributedDataParallel(net) if wrap else net
+    report = normkit.recalibrate(model, list(mine), sequential=True)
+    assert report.model is model
+    return [net[i].running_mean.tolist() + net[i].running_var.tolist() for i in (1, 6)]
+
+
+def broken(model, x):
+    raise KeyError("broken")

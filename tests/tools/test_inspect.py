@@ -143,6 +143,25 @@ def test_local_statistics_on_two_ranks_are_found_at_small_batches():
     assert on_ranks(inspect_rank, 16) == {0: [], 1: []}
 
 
+@pytest.mark.parametrize("to", ["ghost:16", "renorm", "frozen", "group", "layer"])
+def test_healthy_networks_of_other_norms_have_no_findings(to):
+    net = healthy()
+    normkit.swap(net, to)
+    before = state_of(net)
+    assert found(normkit.inspect(net, data(), loss, validation=data(seed=2))) == set()
+    assert state_of(net) == before
+
+
+def test_ghosts_are_judged_by_their_own_size():
+    net = nn.Sequential(nn.Linear(3, 16, bias=False), normkit.GhostBatchNorm(16, 3)).train()
+    batches = [torch.randn(48, 3) for _ in range(8)]
+    normkit.recalibrate(net, batches)
+    (finding,) = [f for f in normkit.inspect(net, batches).rows if f.name == "few-values"]
+    assert finding.measured.startswith("3 values a statistic")
+    plain = normkit.swap(net, "batch").model
+    assert "few-values" not in {f.name for f in normkit.inspect(plain, batches).rows}
+
+
 def test_frozen_layers_are_not_blamed_for_their_statistics():
     net = healthy()
     with torch.no_grad():

@@ -6,24 +6,14 @@ import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
+from small import dropping as network
+from small import recalibrate_rank
 from states import state_of
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import normkit
 from normkit.tools.model import first_input
-
-
-def network():
-    net = nn.Sequential(
-        nn.Conv2d(2, 3, 3),
-        nn.BatchNorm2d(3),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Flatten(),
-        nn.Linear(12, 4),
-    )
-    net.append(nn.BatchNorm1d(4))
-    return net
 
 
 def batches(sizes=(5, 3, 8), offset=0.0):
@@ -76,6 +66,33 @@ def test_sequential_layers_see_the_new_statistics_of_those_before():
     mean, var = population(inputs)
     np.testing.assert_allclose(net[6].running_mean.numpy(), mean, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(net[6].running_var.numpy(), var, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "frozen", [normkit.FrozenBatchNorm(3), normkit.BatchNorm2d(3).freeze(), FrozenBatchNorm2d(3)]
+)
+def test_frozen_layers_stay_and_are_named(frozen):
+    net = nn.Sequential(frozen, nn.BatchNorm2d(3))
+    net.eval()
+    report = normkit.recalibrate(net, [torch.randn(4, 3, 5, 5) * 3 + 1])
+    assert {row.layer: row.note for row in report.rows} == {"0": "left: frozen", "1": ""}
+    assert bool((frozen.running_mean == 0).all())
+    assert net[1].running_mean.abs().min() > 0.1
+
+
+def test_renorm_and_ghosts_get_the_population_too():
+    data = [torch.randn(n, 3) * 2 + 1 for n in (8, 5)]
+    every = torch.cat(data).double()
+    for layer in (normkit.BatchRenorm(3), normkit.GhostBatchNorm(3, 4)):
+        net = nn.Sequential(layer)
+        layer.num_batches_tracked.fill_(7)
+        normkit.recalibrate(net, data)
+        renorm = isinstance(layer, normkit.BatchRenorm)
+        var = every.var(0, correction=0 if renorm else 1)
+        torch.testing.assert_close(layer.running_mean.double(), every.mean(0), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-6, atol=1e-6)
+        # Renorm's limits open with the number of batches: that is not recalibrate's to move.
+        assert layer.num_batches_tracked == (7 if renorm else 2)
 
 
 def test_a_mask_keeps_padding_out():
@@ -266,23 +283,6 @@ def test_a_filter_takes_names_or_a_predicate():
     assert net[1].num_batches_tracked == 3
     normkit.recalibrate(net, batches(), only=lambda name, module: module.num_features == 4)
     assert net[6].num_batches_tracked == 3
-
-
-def recalibrate_rank(rank, sizes, fail=False, wrap=False):
-    torch.manual_seed(0)
-    net = network()
-    data = torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(7))
-    mine = data.split([sum(sizes[0]), sum(sizes[1])])[rank].split(sizes[rank])
-    if fail:
-        normkit.recalibrate(net, [] if rank else list(mine), broken)
-    model = nn.parallel.DistributedDataParallel(net) if wrap else net
-    report = normkit.recalibrate(model, list(mine), sequential=True)
-    assert report.model is model
-    return [net[i].running_mean.tolist() + net[i].running_var.tolist() for i in (1, 6)]
-
-
-def broken(model, x):
-    raise KeyError("broken")
 
 
 @pytest.mark.parametrize(("sizes", "wrap"), [(([4, 3], [5]), False), (([4, 4, 4], []), True)])

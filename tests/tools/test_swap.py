@@ -109,6 +109,60 @@ def test_there_and_back_gives_the_same_layer():
     assert all(torch.equal(net.state_dict()[k], v) for k, v in state.items())
 
 
+@pytest.mark.parametrize(
+    ("to", "kind"),
+    [
+        ("ghost:2", normkit.GhostBatchNorm),
+        ("renorm", normkit.BatchRenorm),
+        ("frozen", normkit.FrozenBatchNorm),
+    ],
+)
+def test_the_family_of_batch_norm_there_and_back(to, kind):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-3))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    nn.init.uniform_(net[1].weight)
+    net[1].running_mean.uniform_()
+    x = torch.randn(4, 3, 6, 6)
+    before, state = net.eval()(x), copy.deepcopy(net.state_dict())
+    net.train()
+    report = normkit.swap(net, to, optimizer=optimizer)
+    assert type(net[1]) is kind
+    assert report.rows[0].affine == "weight, bias"
+    torch.testing.assert_close(net.eval()(x), before)
+    assert sum(map(len, (g["params"] for g in optimizer.param_groups))) == len(
+        list(net.parameters())
+    )
+    net.train()(x)
+    normkit.swap(net, "batch", optimizer=optimizer)
+    assert type(net[1]) is normkit.BatchNorm
+    assert isinstance(net[1].weight, nn.Parameter)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} >= {
+        id(p) for p in net[0].parameters()
+    }
+    assert list(net.state_dict()) == list(state)
+    if to == "frozen":
+        torch.testing.assert_close(net.eval()(x), before)
+    if to == "ghost:2":
+        assert normkit.swap(net, to).model[1].ghost_size == 2
+
+
+def test_frozen_by_the_method_stays_frozen():
+    net = nn.Sequential(normkit.BatchNorm2d(4).freeze())
+    normkit.swap(net, "ghost:2")
+    assert net[0].frozen
+    net = nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False))
+    report = normkit.swap(net, "frozen")
+    assert report.rows[0].note == "left: it has no running statistics to freeze"
+
+
+def test_other_names_of_the_factory():
+    net = nn.Sequential(nn.BatchNorm2d(4))
+    weight = net[0].weight
+    normkit.swap(net, "frn")
+    assert type(net[0]) is normkit.FilterResponseNorm
+    assert net[0].weight is weight
+
+
 def test_a_function_gets_the_channels_and_its_layer_the_old_affine():
     net = network()
     weight = net[1].weight
@@ -237,6 +291,18 @@ def test_an_activation_inside_is_never_lost():
     assert model.bn1.act == "silu"
 
 
+def test_frozen_layers_of_others_become_normkits():
+    frozen = FrozenBatchNorm2d(4)
+    frozen.running_mean.uniform_()
+    net, x = nn.Sequential(frozen), torch.randn(2, 4, 3, 3)
+    before, keys = net(x), list(net.state_dict())
+    normkit.swap(net)
+    assert type(net[0]) is normkit.FrozenBatchNorm
+    torch.testing.assert_close(net(x), before)
+    assert set(keys) <= set(net.state_dict())
+    assert not list(net.parameters())
+
+
 def test_frozen_layers_of_others_become_trainable_batch_norm():
     frozen = FrozenBatchNorm2d(4)
     frozen.running_mean.uniform_()
@@ -299,8 +365,9 @@ def test_the_example_leaves_no_trace():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: normkit.swap(network(), "grup"), "unknown to='grup'; known: None, 'batch'"),
-        (lambda: normkit.swap(network(), "batch:3"), "unknown to='batch:3'"),
+        (lambda: normkit.swap(network(), "grup"), "unknown to='grup'; known: None, batch"),
+        (lambda: normkit.swap(network(), "batch:3"), "a number belongs to 'ghost:32'"),
+        (lambda: normkit.swap(network(), "ghost"), "a number belongs to 'ghost:32'"),
         (
             lambda: normkit.swap(
                 network(), copy=True, optimizer=torch.optim.SGD(network().parameters(), 1)

@@ -10,11 +10,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import layers
+from ..factory import create
 from .norms import ACTIVATIONS, Norm
 
 Make = Callable[[int], nn.Module]
 
-KINDS = ("batch", "instance", "group", "layer", "rms", "sync", "none")
+KINDS = (
+    *("batch", "ghost", "renorm", "frozen", "sync", "instance", "group", "layer", "rms", "none"),
+)
+
+_RUNNING = ("batch", "sync", "ghost", "renorm")
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -26,33 +31,40 @@ def group_count(channels: int, most: int = 32) -> int:
     )
 
 
-def make(kind: str, norm: Norm, groups: int = 32) -> nn.Module:
-    """A layer of the kind, with the old norm's shape, eps, momentum and activation."""
+def make(kind: str, norm: Norm, number: int = 32) -> nn.Module:
+    """A layer of the kind, with the old norm's shape, eps, momentum and activation.
+
+    `number` is that of "group:8" and "ghost:32". Batch renorm has a momentum of its own.
+    """
     (channels, *_), first = norm.shape, norm.channels_first
     eps = 1e-5 if norm.eps is None else norm.eps
     batch: dict[str, Any] = {"eps": eps}
-    if norm.kind in ("batch", "sync", "instance"):
+    if norm.kind in _RUNNING or norm.kind == "instance":
         batch["momentum"] = norm.momentum
-    if norm.kind in ("batch", "sync"):
+    if norm.kind in _RUNNING:
         batch["track_running_stats"] = norm.tracks
     match kind:
         case "none":
             return nn.Identity() if norm.act is None else ACTIVATIONS[norm.act]()
         case "batch" if norm.dims is None or norm.act:
             return layers.BatchNorm(channels, **batch, act=norm.act)
+        case "ghost":
+            return create(f"ghost:{norm.ghost_size or number}", channels, **batch, act=norm.act)
+        case "renorm" | "frozen":
+            return create(kind, channels, eps=eps, act=norm.act)
         case "batch":
             return getattr(layers, f"BatchNorm{norm.dims}d")(channels, **batch)
         case "sync":
             return nn.SyncBatchNorm(channels, **batch)
-        case "instance" if norm.kind == "instance" or norm.dims:
+        case "instance":
             tracks = norm.kind == "instance" and norm.tracks
             batch |= {"affine": True, "track_running_stats": tracks, "act": norm.act}
-            return getattr(layers, f"InstanceNorm{norm.dims}d")(channels, **batch)
-        case "instance":
-            return layers.GroupNorm(channels, channels, eps, act=norm.act)
+            return getattr(layers, f"InstanceNorm{f'{norm.dims}d' if norm.dims else ''}")(
+                channels, **batch
+            )
         case "group":
             return layers.GroupNorm(
-                norm.groups or group_count(channels, groups), channels, eps, act=norm.act
+                norm.groups or group_count(channels, number), channels, eps, act=norm.act
             )
         case "layer":
             return layers.LayerNorm(norm.shape, eps, channels_first=first, act=norm.act)
@@ -102,6 +114,13 @@ def adopt(
         notes.append("running statistics start anew: normkit.recalibrate fills them")
     if was and not now:
         notes.append("running statistics dropped")
+    if isinstance(new, layers._BatchLayer) and isinstance(old, layers._BatchLayer):
+        if old.frozen and not isinstance(old, layers.FrozenBatchNorm):
+            new.freeze()
+        if old.micro_batches > 1:
+            notes.append("accumulate() is to be called again")
+    if isinstance(new, layers.BatchRenorm) and getattr(old, "momentum", None) != new.momentum:
+        notes.append(f"momentum is {new.momentum:g}, renorm's own")
     for module in new.modules():
         module.training = old.training
     for attribute, value in vars(old).items():

@@ -12,7 +12,6 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
-from .. import layers
 from .build import adopt, make
 from .model import Forward, all_off, preserved
 from .norms import is_norm, name_of_act, read
@@ -27,7 +26,7 @@ _FUNCTIONS: dict[Any, str] = {
 }
 _METHODS = {"relu": "relu", "relu_": "relu"}
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_FUSING = (layers._BatchLayer, layers._InstanceLayer, layers.GroupNorm)
+_FUSING = ("batch", "instance", "group")
 
 
 def fuse_epilogues(
@@ -94,7 +93,10 @@ def _fuse(traced: fx.GraphModule, path: str, fused: dict[str, str]) -> None:
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in list(graph.nodes):
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, _FUSING) or norm.act or calls[node.target] > 1 or node.kwargs:
+        known = None if norm is None else read(norm)
+        if norm is None or known is None:
+            continue
+        if known.kind not in _FUSING or known.act or calls[node.target] > 1 or node.kwargs:
             continue
         last, residual = node, None
         behind = _only_user(last)
@@ -111,8 +113,6 @@ def _fuse(traced: fx.GraphModule, path: str, fused: dict[str, str]) -> None:
             " and ".join(filter(None, ("the sum" if residual is not None else None, act)))
             + " fused"
         )
-        known = read(norm)
-        assert known is not None
         new = make(known.kind, dataclasses.replace(known, act=act))
         adopt(norm, new, None)
         traced.set_submodule(str(node.target), new)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from .flow import Flow, Op
 from .model import Forward, all_off
 from .moments import Spread
-from .norms import Norm, is_norm, read
+from .norms import Norm, is_frozen, is_norm, read
 
 _SAMPLES = 4000
 """Values of a layer's input and output that are kept for the page's histograms."""
@@ -76,7 +76,7 @@ class Layer:
         """Whether training normalizes by the batch and evaluation doesn't."""
         return (
             self.norm is not None
-            and self.norm.kind in ("batch", "sync")
+            and self.norm.kind in ("batch", "sync", "ghost", "renorm")
             and self.norm.tracks
             and not self.frozen
         )
@@ -108,15 +108,18 @@ def measure(
 ) -> Facts:
     """Run the batches in training and in evaluation; call it where all is put back after."""
     layers = {
-        name: Layer(name, module, read(module), model.training and not module.training)
+        name: Layer(name, module, read(module), is_frozen(model, module))
         for name, module in model.named_modules()
         if is_norm(module)
     }
+    own = [(layer.module, dict(layer.module._buffers)) for layer in layers.values()]
     _training(model, layers)
     _trace(model, layers, lambda: run(model, batches[0]))
     trained = []
     for batch in batches:
         trained.append(_train(model, layers, batch, run, loss))
+    for module, buffers in own:
+        module._buffers.update(buffers)
     all_off(model)
     gap = _distance(trained, _evaluate(model, layers, "evaluated", batches, run))
     _evaluate(model, layers, "validated", validation, run)
@@ -136,12 +139,12 @@ def measure(
 
 
 def _training(model: nn.Module, layers: dict[str, Layer]) -> None:
-    """Batch statistics without running averages, dropout off."""
+    """Batch statistics, dropout off; running averages move, but in copies of the buffers."""
     all_off(model)
     for layer in layers.values():
         layer.module.training = not layer.frozen
-        if layer.uses_batch:
-            layer.module.track_running_stats = False  # type: ignore[assignment]
+        for key, buffer in layer.module._buffers.items():
+            layer.module._buffers[key] = None if buffer is None else buffer.clone()
 
 
 def _trace(model: nn.Module, layers: dict[str, Layer], call: Callable[[], Any]) -> None:
@@ -189,10 +192,6 @@ def _evaluate(
         if into is not None:
             getattr(layer, into).see(_channels_first(layer, x))
 
-    # The flag that `_training` took away, for layers that read it in evaluation too.
-    for layer in layers.values():
-        if layer.uses_batch:
-            layer.module.track_running_stats = True  # type: ignore[assignment]
     results = []
     with _watching(layers, see):
         for batch in batches:
@@ -228,9 +227,11 @@ def _see_training(layer: Layer, x: Tensor, output: Any, masked: bool) -> None:
         y.register_hook(lambda gradient: layer.gradients.append(float(gradient.norm())))
     x, y = _channels_first(layer, x.detach()), _channels_first(layer, y.detach())
     first = layer.input.all is None
-    layer.input.see(x)
+    ghost = layer.norm.ghost_size if layer.norm else None
+    for part in x.tensor_split(-(-len(x) // ghost)) if ghost else (x,):
+        layer.input.see(part)
+        layer.values = _values(layer, part)
     layer.dtype, layer.samples = x.dtype, x.shape[0]
-    layer.values = _values(layer, x)
     layer.largest = max(layer.largest, float(x.abs().max()))
     highest = y.movedim(1, 0).flatten(1).amax(1)
     layer.highest = highest if layer.highest is None else layer.highest.maximum(highest)

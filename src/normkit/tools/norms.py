@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .. import layers
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
@@ -56,6 +58,13 @@ _FORWARDS: dict[str, tuple[str, bool]] = {
 By the forward and not by the class: a subclass that overrides it is another function.
 """
 
+_OF_BATCH_LAYERS = {
+    layers.FrozenBatchNorm: "frozen",
+    layers.GhostBatchNorm: "ghost",
+    layers.BatchRenorm: "renorm",
+}
+"""normkit's layers that share BatchNorm's forward."""
+
 _FAMILIES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -64,10 +73,11 @@ class Norm:
     """A norm, apart from its tensors.
 
     Attributes:
-        kind: "batch", "sync", "frozen", "instance", "group", "layer" or "rms".
+        kind: "batch", "sync", "frozen", "ghost", "renorm", "instance", "group", "layer" or "rms".
         shape: the normalized shape; (C,) where channels lie on axis 1.
         channels_first: whether they lie there.
         dims: how many axes follow them, where the class says it.
+        ghost_size: of ghost batch norm.
         act: the activation inside: None, one that `normkit` fuses, or "?".
     """
 
@@ -79,6 +89,7 @@ class Norm:
     dims: int | None = None
     momentum: float | None = None
     tracks: bool = False
+    ghost_size: int | None = None
     act: str | None = None
 
 
@@ -90,6 +101,7 @@ def read(module: nn.Module) -> Norm | None:
     if found is None:
         return None
     kind, first = found
+    kind = next((k for t, k in _OF_BATCH_LAYERS.items() if isinstance(module, t)), kind)
     m: Any = module
     if kind in ("layer", "rms"):
         shape = tuple(m.normalized_shape)
@@ -106,6 +118,7 @@ def read(module: nn.Module) -> Norm | None:
         _dims(module),
         getattr(m, "momentum", None),
         getattr(m, "running_mean", None) is not None,
+        getattr(m, "ghost_size", None),
         _act(module),
     )
 
@@ -113,6 +126,17 @@ def read(module: nn.Module) -> Norm | None:
 def is_norm(module: nn.Module) -> bool:
     """Whether it is one of torch's norms, or one that `read` knows."""
     return isinstance(module, _FAMILIES) or read(module) is not None
+
+
+def is_frozen(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a norm keeps its statistics on purpose.
+
+    By its class, by `freeze()`, or by being in evaluation inside a model in training.
+    """
+    norm = read(module)
+    by_class = norm is not None and norm.kind == "frozen"
+    own = bool(getattr(module, "frozen", False))
+    return by_class or own or (model.training and not module.training)
 
 
 def name_of_act(module: nn.Module) -> str | None:

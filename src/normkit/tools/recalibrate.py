@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers import BatchRenorm
 from .model import (
     Forward,
     Only,
@@ -27,6 +28,7 @@ from .model import (
     taken,
 )
 from .moments import Moments, Spread
+from .norms import is_frozen, is_norm
 from .table import Report
 
 _FEWEST_BATCHES = 8
@@ -69,13 +71,14 @@ def recalibrate(
     In one pass each layer sees what training shows it: the layers before it normalize by the batch.
     Everything else is in evaluation (dropout off), `model.train()` is never called, and all flags
     are put back. Buffers are written in place when all is known: an exception, also one of the
-    loader, leaves the model as it was. `num_batches_tracked` becomes the number of batches.
+    loader, leaves the model as it was. `num_batches_tracked` becomes the number of batches, but for
+    batch renorm, which times its limits by it and whose variance is biased (divided by n).
 
-    Untouched, and named in the report: layers that are in evaluation inside a model in training
-    (frozen), and layers that no batch reached. Where torch.distributed is initialized the ranks'
-    statistics are merged, so every rank must call it; ranks may differ in their number of batches,
-    unless layers that synchronize by themselves run in one pass. A model inside
-    DistributedDataParallel runs without it.
+    Untouched, and named in the report: frozen layers (by class, by `freeze()`, or in evaluation
+    inside a model in training), and layers that no batch reached. Where torch.distributed is
+    initialized the ranks' statistics are merged, so every rank must call it; ranks may differ in
+    their number of batches, unless layers that synchronize by themselves run in one pass. A model
+    inside DistributedDataParallel runs without it.
 
     Args:
         model: any module.
@@ -146,17 +149,17 @@ def _layers(model: nn.Module, only: Only) -> tuple[dict[str, _BatchNorm], list[R
     layers: dict[str, _BatchNorm] = {}
     left: list[Recalibrated] = []
     for name, module in model.named_modules():
-        if not isinstance(module, _NormBase) or not chosen(only, name, module):
+        if not is_norm(module) or not chosen(only, name, module):
             continue
-        if not isinstance(module, _BatchNorm):
-            if module.running_mean is not None:
-                left.append(_left(name, "its running statistics are averages over samples"))
-        elif module.running_mean is None or module.running_var is None:
-            left.append(_left(name, "keeps no running statistics"))
-        elif model.training and not module.training:
-            left.append(_left(name, "frozen (in evaluation inside a model in training)"))
-        else:
+        if getattr(module, "running_mean", None) is None:
+            if isinstance(module, _BatchNorm):
+                left.append(_left(name, "keeps no running statistics"))
+        elif is_frozen(model, module):
+            left.append(_left(name, "frozen"))
+        elif isinstance(module, _BatchNorm):
             layers[name] = module
+        else:
+            left.append(_left(name, "its running statistics are averages over samples"))
     return layers, left
 
 
@@ -279,7 +282,10 @@ def _install(name: str, layer: _BatchNorm, moments: Moments) -> None:
             f"{name}: {int(moments.count.min())} value in a channel, and a variance needs two; "
             "give more data"
         )
-    for key, value in (("running_mean", moments.mean), ("running_var", moments.variance)):
+    for key, value in (
+        ("running_mean", moments.mean),
+        ("running_var", _variance(layer, moments)),
+    ):
         if not value.isfinite().all():
             raise ToolError(
                 f"{name}: {key} isn't finite; an input or a layer before it holds NaN or infinity"
@@ -287,12 +293,18 @@ def _install(name: str, layer: _BatchNorm, moments: Moments) -> None:
         layer._buffers[key] = value.to(layer._buffers[key])
 
 
+def _variance(layer: _BatchNorm, moments: Moments) -> Tensor:
+    """Unbiased, but for batch renorm, whose running variance is the biased one."""
+    biased = isinstance(layer, BatchRenorm)
+    return moments.m2 / moments.count if biased else moments.variance
+
+
 def _write(layer: _BatchNorm, moments: Moments, batches: int) -> None:
     assert layer.running_mean is not None
     assert layer.running_var is not None
     layer.running_mean.copy_(moments.mean)
-    layer.running_var.copy_(moments.variance)
-    if layer.num_batches_tracked is not None:
+    layer.running_var.copy_(_variance(layer, moments))
+    if layer.num_batches_tracked is not None and not isinstance(layer, BatchRenorm):
         layer.num_batches_tracked.fill_(batches)
 
 

@@ -34,7 +34,7 @@ def redundant_bias(facts: Facts, threshold: float) -> Found:
     """A layer's bias that the norm behind it subtracts again."""
     for layer in facts.layers:
         linear: Any = layer.before.module if layer.before else None
-        removes = layer.norm is not None and layer.norm.kind in ("batch", "sync", "instance")
+        removes = layer.norm is not None and layer.norm.kind in _SUBTRACT_CHANNEL_MEANS
         if not removes or layer.frozen or not layer.alone or not isinstance(linear, LINEAR):
             continue
         axes = 2 if isinstance(linear, nn.Linear) else 2 + len(linear.kernel_size)
@@ -108,7 +108,8 @@ def short_memory(facts: Facts, threshold: float) -> Found:
 def few_values(facts: Facts, threshold: float) -> Found:
     """Batch statistics of too few values."""
     for layer in facts.layers:
-        if not layer.uses_batch:
+        corrected = layer.norm is not None and layer.norm.kind == "renorm"
+        if not layer.uses_batch or corrected:
             continue
         mean, variance = layer.input.errors()
         if mean > threshold:
@@ -217,7 +218,7 @@ def near_overflow(facts: Facts, threshold: float) -> Found:
 def padding(facts: Facts, threshold: float) -> Found:
     """Padding that takes part in statistics over positions."""
     for layer in facts.layers:
-        pools = layer.norm is not None and layer.norm.kind in ("batch", "sync", "instance", "group")
+        pools = layer.norm is not None and layer.norm.kind in (*_SUBTRACT_CHANNEL_MEANS, "group")
         if pools and not layer.frozen and (layer.padded or 0.0) > threshold:
             yield (
                 layer.name,
@@ -229,7 +230,7 @@ def padding(facts: Facts, threshold: float) -> Found:
 def local_statistics(facts: Facts, threshold: float) -> Found:
     """Batch statistics of each rank alone, at a small batch."""
     for layer in facts.layers:
-        local = layer.uses_batch and layer.norm is not None and layer.norm.kind == "batch"
+        local = layer.uses_batch and layer.norm is not None and layer.norm.kind != "sync"
         if facts.ranks > 1 and local and layer.samples < threshold:
             yield (
                 layer.name,
@@ -270,6 +271,7 @@ def validation_shift(facts: Facts, threshold: float) -> Found:
         )
 
 
+_SUBTRACT_CHANNEL_MEANS = ("batch", "sync", "ghost", "renorm", "instance")
 _ALLOWED_SHIFT = 0.25
 _EDGES = {"sigmoid": 5.98, "tanh": 2.99}
 """|x| beyond which the slope is under 1 % of the largest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..factory import NORMS, create
 from .build import KINDS, Make, adopt, make, tensor_like
 from .fuse import fuse_epilogues
 from .model import (
@@ -59,9 +61,10 @@ def swap(
     Args:
         model: any module. Where it is itself a norm, the report's `.model` is the new one.
         to: None makes normkit's layer of every norm of torch, timm, torchvision and detectron2: the
-            same function. Else "batch", "instance", "group", "layer" (over the channels), "rms",
-            "sync" (torch.nn.SyncBatchNorm), "none" (the identity), or a function of the number of
-            channels that returns a module. "group:8" is `groups=8`.
+            same function. Else "batch", "ghost:32", "renorm", "frozen", "sync"
+            (torch.nn.SyncBatchNorm), "instance", "group" or "group:8" (`groups=8`), "layer" (over
+            the channels), "rms", "none" (the identity); another name that `normkit.create` knows;
+            or a function of the number of channels that returns a module.
         only: a pattern for names ("layer1.*"), or a predicate of name and module.
         groups: at most so many groups: the largest number that divides the channels and leaves two
             or more channels to a group. A group norm keeps its own.
@@ -87,7 +90,7 @@ def swap(
     """
     if copy and optimizer is not None:
         raise ToolError("the optimizer holds the model's parameters, not a copy's; leave one out")
-    kind, groups = _kind(to, groups)
+    kind, function, number = _kind(to, groups)
     model = taken(model, copy)
     run = forward or first_input
     before = outputs(model, example, run)
@@ -95,7 +98,7 @@ def swap(
     fused: dict[str, str] = {}
     untraced: dict[str, str] = {}
     with undone_on_failure(model):
-        rows, result, pairs = _swap_all(model, kind, to, only, groups)
+        rows, result, pairs = _swap_all(model, kind, function, only, number)
         if fuse:
             result, fused, untraced = fuse_epilogues(result, example, run)
         after = outputs(result, example, run)
@@ -116,23 +119,31 @@ def swap(
     return Report(result, rows, facts)
 
 
-def _kind(to: str | Make | None, groups: int) -> tuple[str | None, int]:
+def _kind(to: str | Make | None, groups: int) -> tuple[str | None, Make | None, int]:
+    """(the kind, or "function" and that function; the number that belongs to it)."""
     if to is None:
-        return None, groups
+        return None, None, groups
     if not isinstance(to, str):
-        return "function", groups
+        return "function", to, groups
     kind, _, number = to.partition(":")
-    known = kind in KINDS and (not number or (kind == "group" and number.isdigit()))
-    if not known or (number and int(number) < 1):
+    if kind in NORMS and kind not in KINDS:
+        return "function", functools.partial(create, to), groups
+    if kind not in KINDS:
         raise ToolError(
-            f"unknown to={to!r}; known: None, {', '.join(map(repr, KINDS))}, 'group:8', or a "
-            "function of the number of channels"
+            f"unknown to={to!r}; known: None, {', '.join(sorted({*KINDS, *NORMS}))}, or a function "
+            "of the number of channels"
         )
-    return kind, int(number) if number else groups
+    numbered = {"ghost": True, "group": bool(number)}.get(kind, False)
+    if numbered != number.isdecimal() or (numbered and int(number) < 1):
+        raise ToolError(
+            f"to={to!r}: a number belongs to 'ghost:32' (samples) and may follow 'group:8', and to "
+            "no other name"
+        )
+    return kind, None, int(number) if number else groups
 
 
 def _swap_all(
-    model: nn.Module, kind: str | None, to: Any, only: Only, groups: int
+    model: nn.Module, kind: str | None, to: Make | None, only: Only, number: int
 ) -> tuple[list[Swapped], nn.Module, list[tuple[nn.Module, nn.Module]]]:
     """Put new layers in; return the rows, the model, and the pairs of old and new layers."""
     rows: list[Swapped] = []
@@ -141,7 +152,7 @@ def _swap_all(
         if not chosen(only, name, module):
             continue
         if module not in pairs:
-            pairs[module], row = _replacement(model, name, module, kind, to, groups)
+            pairs[module], row = _replacement(model, name, module, kind, to, number)
             rows.append(row)
         if parent is None:
             model = pairs[module]
@@ -162,16 +173,15 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module | None, str, str, nn.M
 
 
 def _replacement(
-    model: nn.Module, name: str, module: nn.Module, kind: str | None, to: Any, groups: int
+    model: nn.Module, name: str, module: nn.Module, kind: str | None, to: Make | None, number: int
 ) -> tuple[nn.Module, Swapped]:
     """The new layer, or the old one where the row says why it stays."""
     was = type(module).__name__
     norm, why = _taken(module, kind)
     if norm is None:
         return module, Swapped(name or "the model", was, "-", "-", f"left: {why}")
-    own = kind == "function"
-    new = to(norm.shape[0]) if own else make(kind or norm.kind, norm, groups)
-    affine, note = adopt(module, new, tensor_like(module, model), keep_affine=not own)
+    new = make(kind or norm.kind, norm, number) if to is None else to(norm.shape[0])
+    affine, note = adopt(module, new, tensor_like(module, model), keep_affine=to is None)
     now = type(new).__name__
     if isinstance(new, nn.GroupNorm):
         now += f"({new.num_groups} groups)"
@@ -187,8 +197,10 @@ def _taken(module: nn.Module, kind: str | None) -> tuple[Norm | None, str]:
         return None, "normkit has no counterpart of the activation or dropout inside"
     if kind is None and type(module).__module__.startswith("normkit."):
         return None, "normkit's already"
-    if kind is None and norm.kind in ("sync", "frozen"):
-        return None, f"normkit has no {norm.kind} batch norm"
+    if kind is None and norm.kind == "sync":
+        return None, "normkit has no synchronized batch norm"
+    if kind == "frozen" and not norm.tracks:
+        return None, "it has no running statistics to freeze"
     if not norm.channels_first and kind not in (None, "layer", "rms", "none"):
         return None, "it normalizes the last axes; the new layer's channels lie on axis 1"
     if norm.act and kind in ("sync", "function"):
