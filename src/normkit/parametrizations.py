@@ -251,7 +251,8 @@ class _SpectralNorm(_Reparametrization):
         # Autocast would take the products, and so the estimate, down to its dtype.
         with torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(wide(weight))
-            u, v = recompute.remember(lambda: self._vectors(matrix))
+            vectors = functools.partial(self._vectors, matrix)
+            u, v = recompute.remember(vectors, moves=self.training)
             return weight / (u @ (matrix @ v)).to(weight.dtype)
 
     def adopt(self, saved: dict[str, Any], prefix: str, name: str) -> None:
