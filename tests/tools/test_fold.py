@@ -265,6 +265,24 @@ def test_an_error_over_the_tolerance_is_refused_by_name_and_undone():
     assert state_of(net) == before
 
 
+def test_an_error_that_the_model_enlarges_is_refused_and_undone():
+    class Difference(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+            self.other = None
+
+        def forward(self, x):
+            return self.layers(x) - self.other
+
+    net, x = shaken(Difference()), torch.randn(2, 3, 6, 6)
+    net.other = net.layers(x).detach() + 1e-6
+    before = state_of(net)
+    with pytest.raises(ValueError, match=r"changes the model's output .* layers.0 -> layers.1"):
+        normkit.fold(net, x)
+    assert state_of(net) == before
+
+
 def test_a_tiny_variance_shows_up_as_an_error():
     """A fold that loses digits is found by running it: y = 1e6 (c - c') + ..."""
     net = shaken(nn.Sequential(nn.Conv2d(3, 4, 1, bias=True), nn.BatchNorm2d(4, eps=1e-14)))

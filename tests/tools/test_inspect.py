@@ -167,8 +167,17 @@ def test_frozen_layers_are_not_blamed_for_their_statistics():
     with torch.no_grad():
         shifted(net)
     net[1].eval()
-    names = {name for name, layer in found(normkit.inspect(net, data())) if layer == "1"}
-    assert names == set()
+    normkit.recalibrate(net, data(seed=1))
+    assert found(normkit.inspect(net, data())) == set()
+
+
+def test_the_gap_is_measured_with_the_statistics_that_the_model_came_with():
+    net = nn.Sequential(nn.BatchNorm1d(8)).train()
+    batches = [torch.randn(256, 8) for _ in range(8)]
+    normkit.recalibrate(net, batches)
+    net[0].running_mean.add_(2.0)
+    (gap, *_) = [f.measured for f in normkit.inspect(net, batches).rows if f.code == "NK02"]
+    assert float(gap.split("differ by ")[1].split()[0]) == pytest.approx(2.0, rel=0.05)
 
 
 def test_every_rule_has_a_planted_fault_and_its_own_code():

@@ -435,6 +435,16 @@ def test_without_an_example_sums_are_not_fused():
     assert report.facts["fused"] == 9
 
 
+def test_a_reused_norm_is_not_fused():
+    norm = nn.BatchNorm2d(3)
+    net = nn.Sequential(norm, nn.ReLU(), norm).eval()
+    x = torch.randn(2, 3, 4, 4)
+    before = net(x)
+    report = normkit.swap(net, fuse=True, example=x)
+    assert report.facts["fused"] == 0
+    torch.testing.assert_close(report.model(x), before)
+
+
 def test_a_sum_that_broadcasts_is_not_fused():
     class Net(nn.Module):
         def __init__(self):
