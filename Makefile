@@ -20,7 +20,7 @@ check: .venv/ready
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -c "import torchvision" 2>/dev/null || \
+	$(BIN)/python -c "from importlib.metadata import version as v; v('torchvision')" 2>/dev/null || \
 	  $(BIN)/python -m pip install -q torch==2.13.0 torchvision==0.28.0
 	$(BIN)/python -m pip install -q "setuptools>=77" wheel
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[lab,test,dev]"
