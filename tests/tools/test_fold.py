@@ -112,6 +112,17 @@ def test_norms_on_both_sides_of_one_layer():
     torch.testing.assert_close(net(x), before, rtol=1e-5, atol=1e-5)
 
 
+def test_a_filter_leaves_the_others():
+    net = shaken(
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    )
+    x = torch.randn(5, 3)
+    before = net(x)
+    assert [row.layer for row in normkit.fold(net, x, only="3").rows] == ["3"]
+    assert [type(net[1]), type(net[3])] == [nn.BatchNorm1d, nn.Identity]
+    torch.testing.assert_close(net(x), before, rtol=1e-5, atol=1e-5)
+
+
 def test_other_axes_are_not_folded():
     """BatchNorm1d on (N, L, C) normalizes L, a linear layer before it puts out C."""
     net = shaken(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(5)))
