@@ -29,10 +29,13 @@ sanitize: .venv/ready
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  $(BIN)/python -m pytest tests/test_cpu.py tests/test_oracle.py -p no:cacheprovider
 
-# torch first and pinned: a plain `torch` resolves to a build with gigabytes of CUDA.
+# torch first and pinned: a plain `torch` resolves to a build with gigabytes of CUDA. timm, in the
+# tests, needs a torchvision, and each torchvision fits one torch.
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -c "from importlib.metadata import version as v; v('torchvision')" 2>/dev/null || \
+	  $(BIN)/python -m pip install -q torch==2.13.0 torchvision==0.28.0
 	$(BIN)/python -m pip install -q "setuptools>=77" wheel ninja
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[lab,test,dev]"
 	touch $@

@@ -22,6 +22,10 @@ from .layers import (
 )
 from .standardize import Standardize
 from .state import functional_call
+from .tools.fold import fold
+from .tools.inspect import inspect
+from .tools.recalibrate import recalibrate
+from .tools.swap import swap
 
 __version__ = "0.1.0"
 
@@ -47,8 +51,12 @@ __all__ = [
     "backends",
     "create",
     "explain",
+    "fold",
     "functional",
     "functional_call",
     "info",
+    "inspect",
     "parametrizations",
+    "recalibrate",
+    "swap",
 ]

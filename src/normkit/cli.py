@@ -1,4 +1,4 @@
-"""The command `normkit`: studies on real data, and what this installation can do."""
+"""The command `normkit`: tools on models, studies on data, what this installation can do."""
 
 import argparse
 import dataclasses
@@ -6,9 +6,9 @@ import difflib
 import importlib.util
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _LAB_NEEDS = {
     "numpy": "numpy",
@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "study":
         return _study(options)
+    if options.command is not None:
+        from normkit.tools.command import main as tool
+
+        return tool(options)
     parser.print_help()
     return 2
 
@@ -100,7 +104,61 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="torch threads of each job (default: 1)")
     add("--jobs", type=int, metavar="N", help="runs at a time (default: the number of cores)")
     add("--out", metavar="DIR", help="the folder of the results (default: under runs/)")
+    _add_tools(commands)
     return parser
+
+
+def _add_tools(commands: Any) -> None:
+    def tool(name: str, help: str) -> Callable[..., Any]:
+        parser = commands.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}. docs/tools.md says how.",
+            allow_abbrev=False,
+        )
+        parser.add_argument(
+            "setup",
+            metavar="module:function",
+            help="a function without arguments that returns the model, or a dictionary of "
+            f"normkit.{name}'s arguments: model, loader, ...",
+        )
+        parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+        return parser.add_argument
+
+    out = "write the model's state_dict there, by torch.save"
+    only = "names of layers, as in a shell: 'layer1.*'"
+    add = tool("recalibrate", "replace running averages by exact statistics")
+    add("--sequential", action="store_true", default=None, help="a pass for each layer")
+    add("--tolerance", type=float, metavar="T", help="stop at this standard error of the means")
+    add("--only", metavar="PATTERN", help=only)
+    add("--out", type=Path, metavar="FILE", help=out)
+
+    add = tool("swap", "replace the norms of a model, keeping weights and all else")
+    add(
+        "--to",
+        help="batch, ghost:32, renorm, frozen, sync, instance, group, group:8, layer, rms, none, "
+        "another name of normkit.create (default: normkit's layer of the same kind)",
+    )
+    add("--only", metavar="PATTERN", help=only)
+    add("--groups", type=int, metavar="N", help="at most so many groups (default: 32)")
+    add("--fuse", action="store_true", default=None, help="fuse activations and sums, by torch.fx")
+    add("--out", type=Path, metavar="FILE", help=out)
+
+    add = tool("fold", "fold the norms of evaluation into the layers beside them")
+    add("--only", metavar="PATTERN", help=only)
+    add("--tolerance", type=float, metavar="T", help="largest error over largest output")
+    add("--out", type=Path, metavar="FILE", help=out)
+
+    add = tool(
+        "inspect",
+        "find faults of normalization in a model and its data; exit status 1 "
+        "if there are any, 2 for unusable input",
+    )
+    add("--batches", type=int, metavar="N", help="look at so many batches (default: 8)")
+    add("--ignore", type=lambda codes: codes.split(","), metavar="CODES", help="as NK05,NK10")
+    add("--fix", action="store_true", default=None, help="mend what can be mended safely")
+    add("--html", type=Path, metavar="FILE", help="write a page with every layer's data")
+    add("--out", type=Path, metavar="FILE", help=out)
 
 
 def _study(options: argparse.Namespace) -> int:

@@ -1,0 +1,1 @@
+"""Tools for whole models: swap, fold, recalibrate, inspect."""

@@ -1,0 +1,245 @@
+"""Any norm of a model for any other, in place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..factory import NORMS, create
+from .build import KINDS, Make, adopt, make, tensor_like
+from .fuse import fuse_epilogues
+from .model import (
+    Forward,
+    Only,
+    ToolError,
+    chosen,
+    first_input,
+    largest,
+    outputs,
+    taken,
+    undone_on_failure,
+)
+from .norms import Norm, is_norm, read
+from .table import Report
+
+
+@dataclass
+class Swapped:
+    """One layer: what it was and is. `affine` is what of weight and bias went along."""
+
+    layer: str
+    was: str
+    now: str
+    affine: str
+    note: str
+
+
+def swap(
+    model: nn.Module,
+    to: str | Make | None = None,
+    *,
+    only: Only = None,
+    groups: int = 32,
+    fuse: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    example: Any = None,
+    forward: Forward | None = None,
+    copy: bool = False,
+) -> Report:
+    """Replace a model's norms in place.
+
+    The old layer's own tensors go into the new one wherever name and shape agree: weight and bias,
+    which scale and shift a normalized value in all of them, and running statistics. So optimizers,
+    tied weights, devices, dtypes and requires_grad hold. Train or eval, hooks, parametrizations and
+    names are kept, and a layer registered at several places stays one layer.
+
+    Args:
+        model: any module. Where it is itself a norm, the report's `.model` is the new one.
+        to: None makes normkit's layer of every norm of torch, timm, torchvision and detectron2: the
+            same function. Else "batch", "ghost:32", "renorm", "frozen", "sync"
+            (torch.nn.SyncBatchNorm), "instance", "group" or "group:8" (`groups=8`), "layer" (over
+            the channels), "rms", "none" (the identity); another name that `normkit.create` knows;
+            or a function of the number of channels that returns a module.
+        only: a pattern for names ("layer1.*"), or a predicate of name and module.
+        groups: at most so many groups: the largest number that divides the channels and leaves two
+            or more channels to a group. A group norm keeps its own.
+        fuse: fuse batch, group and instance norms with the activation behind them, and with the
+            sum between where an example shows its shapes, by torch.fx. The report's `.model` is
+            then a graph of the mode of now, with the same state dict and the same tensors.
+        optimizer: parameters that are gone leave its groups and state; new ones join the group of
+            the layer's old ones.
+        example: one batch to run before and after, in evaluation; nothing of that stays.
+        forward: `forward(model, batch)` for the example; by default as for `recalibrate`.
+        copy: work on a deep copy, which is the report's `.model`.
+
+    Norms over the last axes become "layer", "rms" or "none" only: the channels of all others lie on
+    axis 1. A layer that is left as it was is in the report with the reason.
+
+    Returns:
+        a report with one `Swapped` a layer; facts: how many were swapped and left, what happened
+        to the optimizer, with an example the largest change of the output and the largest output.
+
+    Raises:
+        ToolError: unknown `to`; an optimizer together with `copy`; a model of scripted, quantized
+            or lazy modules. After any exception the model is as it was.
+    """
+    if copy and optimizer is not None:
+        raise ToolError("the optimizer holds the model's parameters, not a copy's; leave one out")
+    kind, function, number = _kind(to, groups)
+    model = taken(model, copy)
+    run = forward or first_input
+    before = outputs(model, example, run)
+    parameters = list(model.parameters())
+    fused: dict[str, str] = {}
+    untraced: dict[str, str] = {}
+    with undone_on_failure(model):
+        rows, result, pairs = _swap_all(model, kind, function, only, number)
+        if fuse:
+            result, fused, untraced = fuse_epilogues(result, example, run)
+        after = outputs(result, example, run)
+    for row in rows:
+        row.note = "; ".join(filter(None, (row.note, fused.get(row.layer))))
+    left = sum(row.note.startswith("left: ") for row in rows)
+    facts: dict[str, Any] = {"swapped": len(rows) - left, "left": left}
+    if not rows:
+        facts["note"] = "no norms here; nothing to do"
+    if fuse:
+        facts |= {"fused": len(fused), "not traced": untraced or None}
+    facts |= _mend(optimizer, parameters, list(result.parameters()), pairs)
+    if example is not None:
+        facts |= {
+            "largest change of the output": largest(before, after),
+            "largest output": largest(before),
+        }
+    return Report(result, rows, facts)
+
+
+def _kind(to: str | Make | None, groups: int) -> tuple[str | None, Make | None, int]:
+    """(the kind, or "function" and that function; the number that belongs to it)."""
+    if to is None:
+        return None, None, groups
+    if not isinstance(to, str):
+        return "function", to, groups
+    kind, _, number = to.partition(":")
+    if kind in NORMS and kind not in KINDS:
+        return "function", functools.partial(create, to), groups
+    if kind not in KINDS:
+        raise ToolError(
+            f"unknown to={to!r}; known: None, {', '.join(sorted({*KINDS, *NORMS}))}, or a function "
+            "of the number of channels"
+        )
+    numbered = {"ghost": True, "group": bool(number)}.get(kind, False)
+    if numbered != number.isdecimal() or (numbered and int(number) < 1):
+        raise ToolError(
+            f"to={to!r}: a number belongs to 'ghost:32' (samples) and may follow 'group:8', and to "
+            "no other name"
+        )
+    return kind, None, int(number) if number else groups
+
+
+def _swap_all(
+    model: nn.Module, kind: str | None, to: Make | None, only: Only, number: int
+) -> tuple[list[Swapped], nn.Module, list[tuple[nn.Module, nn.Module]]]:
+    """Put new layers in; return the rows, the model, and the pairs of old and new layers."""
+    rows: list[Swapped] = []
+    pairs: dict[nn.Module, nn.Module] = {}
+    for parent, key, name, module in list(_places(model)):
+        if not chosen(only, name, module):
+            continue
+        if module not in pairs:
+            pairs[module], row = _replacement(model, name, module, kind, to, number)
+            rows.append(row)
+        if parent is None:
+            model = pairs[module]
+        else:
+            parent._modules[key] = pairs[module]
+    return rows, model, list(pairs.items())
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module | None, str, str, nn.Module]]:
+    """Every place of a norm: (parent, key there, full name, norm), shared ones several times."""
+    if is_norm(model):
+        yield None, "", "", model
+        return
+    for path, parent in model.named_modules():
+        for key, child in parent._modules.items():
+            if child is not None and is_norm(child):
+                yield parent, key, f"{path}.{key}" if path else key, child
+
+
+def _replacement(
+    model: nn.Module, name: str, module: nn.Module, kind: str | None, to: Make | None, number: int
+) -> tuple[nn.Module, Swapped]:
+    """The new layer, or the old one where the row says why it stays."""
+    was = type(module).__name__
+    norm, why = _taken(module, kind)
+    if norm is None:
+        return module, Swapped(name or "the model", was, "-", "-", f"left: {why}")
+    new = make(kind or norm.kind, norm, number) if to is None else to(norm.shape[0])
+    affine, note = adopt(module, new, tensor_like(module, model), keep_affine=to is None)
+    now = type(new).__name__
+    if isinstance(new, nn.GroupNorm):
+        now += f"({new.num_groups} groups)"
+    return new, Swapped(name or "the model", was, now, ", ".join(affine) or "-", note)
+
+
+def _taken(module: nn.Module, kind: str | None) -> tuple[Norm | None, str]:
+    """(what norm it is, ""), or (None, why it is left)."""
+    norm = read(module)
+    if norm is None:
+        return None, f"{type(module).__name__} has a forward of its own"
+    if norm.act == "?":
+        return None, "normkit has no counterpart of the activation or dropout inside"
+    if kind is None and type(module).__module__.startswith("normkit."):
+        return None, "normkit's already"
+    if kind is None and norm.kind == "sync":
+        return None, "normkit has no synchronized batch norm"
+    if kind == "frozen" and not norm.tracks:
+        return None, "it has no running statistics to freeze"
+    if not norm.channels_first and kind not in (None, "layer", "rms", "none"):
+        return None, "it normalizes the last axes; the new layer's channels lie on axis 1"
+    if norm.act and kind in ("sync", "function"):
+        return None, f"the new layer would lose the activation inside ({norm.act})"
+    return norm, ""
+
+
+def _mend(
+    optimizer: torch.optim.Optimizer | None,
+    before: list[nn.Parameter],
+    after: list[nn.Parameter],
+    pairs: list[tuple[nn.Module, nn.Module]],
+) -> dict[str, Any]:
+    """Take parameters that are gone out of the optimizer, put new ones into the old ones' group."""
+    old, new = set(before), set(after)
+    gone, come = old - new, new - old
+    if not gone and not come:
+        return {}
+    if optimizer is None:
+        return {
+            "optimizer": f"{len(gone)} parameters gone, {len(come)} new: give optimizer=, or make "
+            "it after the swap"
+        }
+    home = {
+        parameter: group
+        for group in optimizer.param_groups
+        for was, now in pairs
+        for parameter in now.parameters()
+        if any(p in set(group["params"]) for p in was.parameters())
+    }
+    homeless = [p for p in come if p not in home]
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p not in gone]
+    for parameter in after:
+        if parameter in come and parameter in home:
+            home[parameter]["params"].append(parameter)
+    for parameter in gone:
+        optimizer.state.pop(parameter, None)
+    said = f"{len(gone)} parameters removed with their state, {len(come) - len(homeless)} added"
+    if homeless:
+        said += f"; {len(homeless)} belong to no group, add them by add_param_group"
+    return {"optimizer": said}
