@@ -136,6 +136,19 @@ def test_renorms_correction_is_a_constant_to_the_gradient(each_backend):
     torch.testing.assert_close(layer.bias.grad, dy.sum(0))
 
 
+def test_renorms_tangent_is_the_transpose_of_its_gradient(each_backend):
+    layer = renorm_pair(r_max=1.5, d_max=0.4, r_steps=(0, 0), d_steps=(0, 0)).requires_grad_(False)
+    x, dy, v = torch.randn(3, 8, 3, dtype=torch.float64)
+    a = x.clone().requires_grad_()
+    copy.deepcopy(layer)(a).backward(dy)
+
+    def call(x):
+        return normkit.functional_call(layer, {}, (x,))[0]
+
+    _, tangent = torch.func.jvp(call, (x,), (v,))
+    torch.testing.assert_close((tangent * dy).sum(), (a.grad * v).sum())
+
+
 def test_the_limits_open_as_published():
     def limits(step):
         seen = torch.tensor(step)

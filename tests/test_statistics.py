@@ -425,6 +425,28 @@ def test_compiled_steps_move_the_statistics(name, each_backend):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["BatchNorm", "GhostBatchNorm", "frozen", "accumulating"])
+def test_a_checkpoint_inside_a_compiled_step_changes_nothing(name):
+    torch._dynamo.reset()
+    plain = net(name)
+    compiled = copy.deepcopy(plain)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(x):
+        return checkpoint(compiled, x, use_reentrant=False)
+
+    for training in (True, False):
+        plain.train(training)
+        compiled.train(training)
+        for x in batches(2):
+            plain(x).square().sum().backward()
+            call(x).square().sum().backward()
+    for p, q in zip(compiled.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(p, q)
+    for p, q in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_inductor_compiles_an_ensemble_of_the_family():
     torch._dynamo.reset()

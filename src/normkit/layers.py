@@ -290,7 +290,7 @@ class FrozenBatchNorm(BatchNorm):
         num_features, eps, device, dtype: those of `torch.nn.BatchNorm1d`.
         act: None, "relu", "leaky_relu", "silu" or "gelu".
 
-    Source: He et al. 2016 (arXiv 1512.03385), section 4.3 of its appendix A, for detection.
+    Source: He et al. 2016 (arXiv 1512.03385), appendix A.
     """
 
     def __init__(
