@@ -1,6 +1,6 @@
 """Normalization layers, kernels, studies and tools for PyTorch."""
 
-from . import functional
+from . import functional, recompute
 from .dispatch import backends, explain, info
 from .layers import (
     BatchNorm,
@@ -40,4 +40,5 @@ __all__ = [
     "functional",
     "functional_call",
     "info",
+    "recompute",
 ]

@@ -9,8 +9,8 @@ part in the statistics, y is 0, and x and residual get no gradient, whatever the
 included). An empty pool gives zeros, a pool of one value gives the bias.
 
 `weight` and `bias` are one value a channel, (C,), or given for each sample: (N, C), or x's rank and
-broadcasting to x (conditional: AdaIN, arXiv 1703.06868; FiLM, arXiv 1709.07871). Over the last axes (C,) reads
-normalized_shape, and (N, C) is (N, *normalized_shape), the same at all positions (AdaLN).
+broadcasting to x (conditional: AdaIN, arXiv 1703.06868; FiLM, arXiv 1709.07871). Over the last axes
+(C,) reads normalized_shape, and (N, C) (N, *normalized_shape), the same at all positions (AdaLN).
 
 `act` is None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu" (exact).
 """
