@@ -448,6 +448,17 @@ def test_a_checkpoint_inside_a_compiled_step_changes_nothing(name):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_fx_graph_moves_the_statistics(name):
+    layer = VARIANTS[name]()
+    traced = torch.fx.symbolic_trace(copy.deepcopy(layer))
+    for x in batches(3):
+        torch.testing.assert_close(traced(x), layer(x))
+    buffers = dict(layer.named_buffers())
+    for key, value in traced.named_buffers():
+        torch.testing.assert_close(value, buffers[key])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_inductor_compiles_an_ensemble_of_the_family():
     torch._dynamo.reset()
