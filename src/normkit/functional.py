@@ -256,9 +256,11 @@ def instance_norm(
             "expected more than 1 position per channel, got input of shape "
             f"{tuple(input.shape)}, whose variance is 0; use larger inputs or another norm"
         )
+    spec = Spec(INSTANCE, eps, True, act, conditional=affine.conditional)
     tracked = running_mean is not None
-    y, batch = _by_batch(INSTANCE, input, affine, eps, act, mask, residual, tracked)
+    y, mean, var = _normalize(spec, input, affine, mask=mask, residual=residual, tracked=tracked)
     if running_mean is not None and running_var is not None:
+        batch = statistics.moments(INSTANCE, input, mask, mean, var)
         running = Running(running_mean, running_var, None, momentum)
         statistics.track(running, batch, mask is not None)
     return y
@@ -444,6 +446,7 @@ def _by_ghosts(
     residual: Tensor | None,
 ) -> tuple[Tensor, Moments]:
     """y by each ghost batch's statistics, and the whole batch's moments."""
+    _check_elements(x, mask, residual)
     samples = [how_many * size for how_many, size in ghosts]
 
     def blocks(tensor: Tensor | None) -> Sequence[Tensor | None]:
@@ -465,6 +468,13 @@ def _by_ghosts(
     return ys[0] if len(ys) == 1 else torch.cat(ys), whole
 
 
+def _check_elements(x: Tensor, mask: Tensor | None, residual: Tensor | None) -> None:
+    if residual is not None:
+        check_like("residual", residual, x)
+    if mask is not None:
+        check_mask(mask, x)
+
+
 def _by_batch(
     pool: Pool,
     x: Tensor,
@@ -473,11 +483,10 @@ def _by_batch(
     act: str | None,
     mask: Tensor | None,
     residual: Tensor | None,
-    tracked: bool = True,
 ) -> tuple[Tensor, Moments]:
-    """y by the input's own statistics, and these, where they are tracked."""
+    """y by the input's own statistics, and these."""
     spec = Spec(pool, eps, True, act, conditional=affine.conditional)
-    y, mean, var = _normalize(spec, x, affine, mask=mask, residual=residual, tracked=tracked)
+    y, mean, var = _normalize(spec, x, affine, mask=mask, residual=residual, tracked=True)
     return y, statistics.moments(pool, x, mask, mean, var)
 
 
@@ -525,10 +534,7 @@ def _normalize(
     rstd: Tensor | None = None,
     tracked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if residual is not None:
-        check_like("residual", residual, x)
-    if mask is not None:
-        check_mask(mask, x)
+    _check_elements(x, mask, residual)
     inputs = Inputs(x, affine.weight, affine.bias, residual, mask, mean, rstd)
     y, mean, _, var = autograd.normalize(spec, inputs, tracked)
     return y, mean, var
