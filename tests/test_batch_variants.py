@@ -136,6 +136,19 @@ def test_renorms_correction_is_a_constant_to_the_gradient(each_backend):
     torch.testing.assert_close(layer.bias.grad, dy.sum(0))
 
 
+def test_renorms_tangent_is_the_transpose_of_its_gradient(each_backend):
+    layer = renorm_pair(r_max=1.5, d_max=0.4, r_steps=(0, 0), d_steps=(0, 0)).requires_grad_(False)
+    x, dy, v = torch.randn(3, 8, 3, dtype=torch.float64)
+    a = x.clone().requires_grad_()
+    copy.deepcopy(layer)(a).backward(dy)
+
+    def call(x):
+        return normkit.functional_call(layer, {}, (x,))[0]
+
+    _, tangent = torch.func.jvp(call, (x,), (v,))
+    torch.testing.assert_close((tangent * dy).sum(), (a.grad * v).sum())
+
+
 def test_the_limits_open_as_published():
     def limits(step):
         seen = torch.tensor(step)
@@ -276,6 +289,12 @@ X = torch.randn(5, 6, 4)
             ValueError,
             r"GhostBatchNorm\(6.*per channel of a ghost batch.*\(5, 6\).*ghost size",
         ),
+        (lambda: normkit.GhostBatchNorm(6, 3)(X, mask=[1]), TypeError, "boolean tensor.*list"),
+        (
+            lambda: normkit.GhostBatchNorm(6, 3)(X, residual=X[:3]),
+            ValueError,
+            r"residual must have the input's shape, .*5, 6, 4.*3, 6, 4",
+        ),
         (lambda: normkit.BatchRenorm(6, r_max=0.5), ValueError, r"BatchRenorm\(6.*r_max.*0.5"),
         (lambda: normkit.BatchRenorm(6, r_max=float("nan")), ValueError, "r_max.*nan"),
         (lambda: normkit.BatchRenorm(6, d_max=-1.0), ValueError, "d_max must be >= 0, got -1.0"),
@@ -307,3 +326,13 @@ X = torch.randn(5, 6, 4)
 def test_it_says_what_is_wrong(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_moves_before_an_error(name):
+    layer = VARIANTS[name]()
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match="residual must have the input's shape"):
+        layer(torch.randn(5, 3), residual=torch.randn(4, 3))
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key])

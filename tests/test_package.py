@@ -53,3 +53,12 @@ def test_the_readmes_python_runs(capsys):
     assert scope["y"].shape == (8, 3, 32, 32)
     torch.testing.assert_close(scope["ours"](scope["x"]), scope["theirs"](scope["x"]))
     assert "runs on" in capsys.readouterr().out
+
+
+def test_the_python_of_the_page_on_statistics_runs():
+    page = (Path(__file__).parent.parent / "docs" / "statistics.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["buffers"]["1.num_batches_tracked"].tolist() == [1, 1, 1]
+    assert scope["model"][1].num_batches_tracked == 0

@@ -125,6 +125,20 @@ def test_what_was_read_goes_with_the_graph(reentrant):
     assert kept[1]() is None
 
 
+def test_a_backward_inside_a_region_records_nothing_of_its_own():
+    layer, x = Moving(), torch.randn(3, requires_grad=True)
+
+    def inside(z):
+        y = checkpoint(layer, z, use_reentrant=False)
+        (slope,) = torch.autograd.grad(y.sum(), z)
+        return layer(z) * slope
+
+    checkpoint(inside, x, use_reentrant=False, early_stop=False).sum().backward()
+    slope = x.detach().cos()
+    torch.testing.assert_close(x.grad, 2 * (2 * x.detach()).cos() * slope)
+    assert layer.state == 3
+
+
 class ByHand(torch.autograd.Function):
     """Recomputes as custom checkpointing does."""
 

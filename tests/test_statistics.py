@@ -92,7 +92,8 @@ def test_two_forwards_before_a_backward_and_buffers_written_between(name, each_b
     first = both(a)
     both(z)
     for buffer in both.buffers():
-        buffer.mul_(2)
+        buffer.mul_(2)  # seen by autograd, as an error where it has saved the buffer
+        buffer.data.add_(1)  # and not seen, as communication writes
     first.square().sum().backward()
     alone(b).square().sum().backward()
     torch.testing.assert_close(a.grad, b.grad)
@@ -423,6 +424,39 @@ def test_compiled_steps_move_the_statistics(name, each_backend):
         torch.testing.assert_close(p, q)
     for p, q in zip(compiled.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "GhostBatchNorm", "frozen", "accumulating"])
+def test_a_checkpoint_inside_a_compiled_step_changes_nothing(name):
+    torch._dynamo.reset()
+    plain = net(name)
+    compiled = copy.deepcopy(plain)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(x):
+        return checkpoint(compiled, x, use_reentrant=False)
+
+    for training in (True, False):
+        plain.train(training)
+        compiled.train(training)
+        for x in batches(2):
+            plain(x).square().sum().backward()
+            call(x).square().sum().backward()
+    for p, q in zip(compiled.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(p, q)
+    for p, q in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_fx_graph_moves_the_statistics(name):
+    layer = VARIANTS[name]()
+    traced = torch.fx.symbolic_trace(copy.deepcopy(layer))
+    for x in batches(3):
+        torch.testing.assert_close(traced(x), layer(x))
+    buffers = dict(layer.named_buffers())
+    for key, value in traced.named_buffers():
+        torch.testing.assert_close(value, buffers[key])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -1,6 +1,6 @@
 """Normalization layers, kernels, studies and tools for PyTorch."""
 
-from . import functional, parametrizations
+from . import functional, parametrizations, recompute
 from .beside import DyT, FilterResponseNorm, GlobalResponseNorm
 from .dispatch import backends, explain, info
 from .factory import create
@@ -58,5 +58,6 @@ __all__ = [
     "inspect",
     "parametrizations",
     "recalibrate",
+    "recompute",
     "swap",
 ]

@@ -15,7 +15,7 @@ from .spec import Inputs, Spec
 
 
 def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor, ...]:
-    """(y, mean, rstd, variance), and x + add where there is one, by the backend that takes the call.
+    """(y, mean, rstd, variance), and x + add if there is one, by the backend that takes the call.
 
     Only y and x + add are differentiable. Under torch.compile the reference formula itself is
     traced; under export, torch's own operators are, unless the statistics are needed because they
@@ -88,7 +88,7 @@ def _backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tens
 
 
 class _Normalize(torch.autograd.Function):
-    """What runs eagerly; a Function with rules for transforms costs ten microseconds more a call."""
+    """What runs eagerly; a Function with rules for transforms costs ten microseconds more."""
 
     @staticmethod
     def forward(ctx: Any, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:

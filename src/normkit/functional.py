@@ -9,8 +9,8 @@ part in the statistics, y is 0, and x and residual get no gradient, whatever the
 included). An empty pool gives zeros, a pool of one value gives the bias.
 
 `weight` and `bias` are one value a channel, (C,), or given for each sample: (N, C), or x's rank and
-broadcasting to x (conditional: AdaIN, FiLM, class-conditional). Over the last axes (C,) reads
-normalized_shape, and (N, C) is (N, *normalized_shape), the same at all positions (AdaLN).
+broadcasting to x (conditional: AdaIN, arXiv 1703.06868; FiLM, arXiv 1709.07871). Over the last axes
+(C,) reads normalized_shape, and (N, C) (N, *normalized_shape), the same at all positions (AdaLN).
 
 `act` is None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu" (exact).
 """
@@ -173,7 +173,6 @@ def batch_renorm(
         )
     check_batch_statistics(input, eps, mask, [(1, input.shape[0])])
 
-    @torch.no_grad()
     def correction() -> tuple[Tensor, Tensor]:
         _, batch = _by_batch(BATCH, input.detach(), NO_AFFINE, eps, None, mask, None)
         mean, var = statistics.given(running_mean, running_var)
@@ -258,9 +257,12 @@ def instance_norm(
             "expected more than 1 position per channel, got input of shape "
             f"{tuple(input.shape)}, whose variance is 0; use larger inputs or another norm"
         )
+    spec = Spec(INSTANCE, eps, True, act, conditional=affine.conditional)
     tracked = running_mean is not None
-    y, batch = _by_batch(INSTANCE, input, affine, eps, act, mask, residual, tracked)
+    inputs = Inputs(input, affine.weight, affine.bias, residual, mask)
+    y, mean, _, var = _normalize(spec, inputs, tracked)
     if running_mean is not None and running_var is not None:
+        batch = statistics.moments(INSTANCE, input, mask, mean, var)
         running = Running(running_mean, running_var, None, momentum)
         statistics.track(running, batch, mask is not None)
     return y
@@ -449,6 +451,7 @@ def _by_ghosts(
     residual: Tensor | None,
 ) -> tuple[Tensor, Moments]:
     """y by each ghost batch's statistics, and the whole batch's moments."""
+    _check_elements(x, mask, residual)
     samples = [how_many * size for how_many, size in ghosts]
 
     def blocks(tensor: Tensor | None) -> Sequence[Tensor | None]:
@@ -470,6 +473,13 @@ def _by_ghosts(
     return ys[0] if len(ys) == 1 else torch.cat(ys), whole
 
 
+def _check_elements(x: Tensor, mask: Tensor | None, residual: Tensor | None) -> None:
+    if residual is not None:
+        check_like("residual", residual, x)
+    if mask is not None:
+        check_mask(mask, x)
+
+
 def _by_batch(
     pool: Pool,
     x: Tensor,
@@ -478,12 +488,11 @@ def _by_batch(
     act: str | None,
     mask: Tensor | None,
     residual: Tensor | None,
-    tracked: bool = True,
 ) -> tuple[Tensor, Moments]:
-    """y by the input's own statistics, and these, where they are tracked."""
+    """y by the input's own statistics, and these."""
     spec = Spec(pool, eps, True, act, conditional=affine.conditional)
     inputs = Inputs(x, affine.weight, affine.bias, residual, mask)
-    y, mean, _, var = _normalize(spec, inputs, tracked)
+    y, mean, _, var = _normalize(spec, inputs, tracked=True)
     return y, statistics.moments(pool, x, mask, mean, var)
 
 
@@ -520,10 +529,7 @@ def _opened(step: Tensor, steps: tuple[int, int]) -> Tensor:
 
 
 def _normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor, ...]:
-    if inputs.residual is not None:
-        check_like("residual", inputs.residual, inputs.x)
-    if inputs.mask is not None:
-        check_mask(inputs.mask, inputs.x)
+    _check_elements(inputs.x, inputs.mask, inputs.residual)
     return autograd.normalize(spec, inputs, tracked)
 
 

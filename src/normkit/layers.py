@@ -173,15 +173,14 @@ class _BatchLayer(_Norm, _BatchNorm):
                 f"{self}: micro_batches must be an integer >= 1, got {micro_batches!r}; it is the "
                 "number of forwards between two optimizer steps"
             )
-        self._need_running("accumulate")
+        mean = self._need_running("accumulate")
         self.micro_batches = micro_batches
-        assert self.running_mean is not None
-        mean = self.running_mean
         for name in _PENDING:
-            self._buffers.pop(name, None)
+            if name in self._buffers:
+                delattr(self, name)
         if micro_batches > 1:
-            whole = torch.zeros_like(mean, dtype=torch.long)
-            values = (whole, torch.zeros_like(mean), torch.zeros_like(mean), whole.new_zeros(()))
+            n = torch.zeros_like(mean, dtype=torch.long)  # exact in a half-precision model too
+            values = (n, torch.zeros_like(mean), torch.zeros_like(mean), n.new_zeros(()))
             for name, value in zip(_PENDING, values, strict=True):
                 self.register_buffer(name, value, persistent=False)
         return self
@@ -189,12 +188,14 @@ class _BatchLayer(_Norm, _BatchNorm):
     def _pending(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in _PENDING)
 
-    def _need_running(self, what: str) -> None:
+    def _need_running(self, what: str) -> Tensor:
+        """The running mean, or ValueError."""
         if self.running_mean is None or self.running_var is None:
             raise ValueError(
                 f"{self}: {what} needs running statistics; make the layer with "
                 "track_running_stats=True"
             )
+        return self.running_mean
 
     def reset_running_stats(self) -> None:
         """As torch's, and forget what was accumulated; a frozen layer keeps its statistics."""
@@ -229,7 +230,7 @@ class _BatchLayer(_Norm, _BatchNorm):
         return super().extra_repr() + own
 
 
-_PENDING = ("pending_count", "pending_mean", "pending_var", "pending_batches")
+_PENDING = ("pending_n", "pending_mean", "pending_var", "pending_batches")
 
 
 class BatchNorm1d(_BatchLayer, nn.BatchNorm1d):
@@ -290,7 +291,7 @@ class FrozenBatchNorm(BatchNorm):
         num_features, eps, device, dtype: those of `torch.nn.BatchNorm1d`.
         act: None, "relu", "leaky_relu", "silu" or "gelu".
 
-    Source: He et al. 2016 (arXiv 1512.03385), section 4.3 of its appendix A, for detection.
+    Source: He et al. 2016 (arXiv 1512.03385), appendix A.
     """
 
     def __init__(

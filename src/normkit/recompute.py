@@ -62,7 +62,7 @@ def remember(read: Callable[[], T], *, moves: bool) -> T:
         return tree_map_only(torch.Tensor, _saved, value) if moves else value
     repeated = _recomputed_region()
     if repeated is not None:
-        value = _reads(repeated.region).again(repeated.run)
+        value = repeated.value(read)
     else:
         if torch._C._current_graph_task_id() != -1:
             warnings.warn(
@@ -107,16 +107,6 @@ class _Reads:
     values: list[Any] = field(default_factory=list)
     position: defaultdict[Hashable, int] = field(default_factory=lambda: defaultdict(int))
 
-    def again(self, run: Hashable) -> Any:
-        at = self.position[run]
-        if at >= len(self.values):
-            raise RuntimeError(
-                f"a recomputation reads state more often than the {len(self.values)} times of its "
-                "forward; don't change modes (train, eval, freeze) between forward and backward"
-            )
-        self.position[run] += 1
-        return self.values[at]
-
 
 def _reads(region: Any) -> _Reads:
     return region.__dict__.setdefault("_normkit_reads", _Reads())
@@ -126,6 +116,21 @@ def _reads(region: Any) -> _Reads:
 class _Repeated:
     region: Any
     run: Hashable
+
+    def value(self, read: Callable[[], T]) -> T:
+        reads = _reads(self.region)
+        at = reads.position[self.run]
+        reads.position[self.run] += 1
+        if at < len(reads.values):
+            return reads.values[at]
+        if not getattr(self.region, "forward_completed", True):
+            # A backward inside the region's forward repeats all of it, also what is still to come;
+            # of that nothing is used.
+            return read()
+        raise RuntimeError(
+            f"a recomputation reads state more often than the {len(reads.values)} times of its "
+            "forward; don't change modes (train, eval, freeze) between forward and backward"
+        )
 
 
 def _recomputed_region() -> _Repeated | None:

@@ -21,7 +21,7 @@ class Spec:
     """y = act((x - mean) * rstd * weight + bias + residual), rstd = (variance + eps)^(-1/2).
 
     `center` is False where the mean is not subtracted (RMS); the variance is the mean square then.
-    `given` is True where mean and variance are handed in as constants instead of being taken from x.
+    `given` is True where mean and variance are handed in as constants instead of taken from x.
     `conditional` is True where weight and bias have x's rank and broadcast to it, as those of
     AdaIN and FiLM; otherwise they have one value a channel, or one a normalized element.
     """

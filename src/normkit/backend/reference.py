@@ -60,8 +60,8 @@ def normalize_backward(
     With dz = dy * act'(z) and g = dz * weight:
     dx = rstd * (g - <g> - x̂ * <g * x̂>), <.> the mean over a pool, and dx = rstd * g where the
     statistics were given; dweight = Σ dz * x̂, dbias = Σ dz, dresidual = dz. `inputs` may hold the
-    mean and rstd that `normalize` returned; without them they are functions of x again. The gradient
-    of x + add, `dtotal`, is added to dx.
+    mean and rstd that `normalize` returned; without them they are functions of x again. `dtotal`,
+    the gradient of x + add, is added to dx.
     """
     pool, x, weight, bias = spec.pool, inputs.x, inputs.weight, inputs.bias
     standard, _, rstd, _ = _standardize(spec, inputs)
