@@ -16,7 +16,7 @@ from . import reference
 
 def exporting() -> bool:
     """Whether this call is being recorded for export."""
-    return torch.compiler.is_exporting() or torch._C._is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
