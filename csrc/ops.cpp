@@ -332,7 +332,7 @@ Tensor parameter_like(const Tensor& like, const std::vector<double>& values) {
         static_cast<float*>(p)[i] = static_cast<float>(values[i]);
       break;
     case ScalarType::Double:
-      std::memcpy(p, values.data(), values.size() * sizeof(double));
+      if (!values.empty()) std::memcpy(p, values.data(), values.size() * sizeof(double));
       break;
     case ScalarType::BFloat16:
       for (size_t i = 0; i < values.size(); ++i)
@@ -397,7 +397,7 @@ struct Prepared {
       room = values<double>(op, name, t, n, otherwise);
     } else {
       auto narrow = values<float>(op, name, t, n, static_cast<float>(otherwise));
-      std::memcpy(room.data(), narrow.data(), narrow.size() * sizeof(float));
+      if (n > 0) std::memcpy(room.data(), narrow.data(), narrow.size() * sizeof(float));
     }
     return room.data();
   }

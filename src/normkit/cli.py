@@ -28,6 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(normkit.info())
         return 0
+    if options.command == "bench":
+        from .bench import run
+
+        return run.main(options.out, options.only, options.seconds, not options.no_compile)
     if options.command == "study":
         return _study(options)
     if options.command is not None:
@@ -77,6 +81,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="normkit", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="command")
     commands.add_parser("info", help="which backends this installation has, and why not others")
+    bench = commands.add_parser(
+        "bench",
+        help="time the layers against torch's and the memory floor",
+        description="Time the layers against torch's own, torch.compile and a plain copy, "
+        "interleaved in one process. Run it alone on the machine.",
+        allow_abbrev=False,
+    )
+    bench.add_argument("--only", metavar="TEXT", help="cases whose name holds this, as 'GN(8) 32x'")
+    bench.add_argument(
+        "--seconds", type=float, default=0.15, metavar="S", help="time for a case (default: 0.15)"
+    )
+    bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="write the results there, as JSON")
     study = commands.add_parser(
         "study",
         help="test a published claim about normalization on your data",

@@ -30,7 +30,7 @@ ROWS: tuple[tuple[int, ...], ...] = (
 MODES = ("evaluation", "training", "forward+backward")
 
 
-class _ChannelsFirstLayerNorm(nn.LayerNorm):
+class ChannelsFirstLayerNorm(nn.LayerNorm):
     """What users of torch write: the channels moved last and back."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ IMAGE_NORMS = (
     ),
     Norm(
         "LN over channels",
-        lambda s: _ChannelsFirstLayerNorm(s[1]),
+        lambda s: ChannelsFirstLayerNorm(s[1]),
         lambda s: normkit.LayerNorm(s[1], channels_first=True),
     ),
 )

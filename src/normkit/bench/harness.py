@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import normkit
 
+from .. import backend
 from .cases import Case
 
 Step = Callable[[], object]
@@ -133,14 +134,25 @@ def row(case: Case, times: dict[str, list[float]]) -> dict[str, Any]:
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in kept.items()}
 
 
+def model_row(name: str, times: dict[str, list[float]]) -> dict[str, Any]:
+    """What is kept of a model's training step."""
+    return {
+        "model": name,
+        "rounds": len(times["torch"]),
+        "torch_ms": round(statistics.median(times["torch"]) * 1e3, 2),
+        "normkit/torch": round(ratio(times, "normkit", "torch"), 4),
+        "torch/torch": round(ratio(times, "torch again", "torch"), 4),
+    }
+
+
 def machine() -> dict[str, Any]:
     """The facts without which the figures mean nothing."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "backends": normkit.backends(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "backend cpu": normkit.backends()["cpu"] or backend.cpu.instructions(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
@@ -154,11 +166,3 @@ def _cpu_name() -> str:
             return next(line.split(":")[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor()
-
-
-def run(
-    chosen: list[Case], seconds: float, compiled: Callable[[Case], bool]
-) -> Iterator[dict[str, Any]]:
-    """The rows, one by one."""
-    for case in chosen:
-        yield row(case, measure(steps(case, compiled(case)), seconds))

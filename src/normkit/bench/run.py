@@ -1,0 +1,58 @@
+"""`normkit bench`: every case timed, kept as JSON with the machine's facts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import harness
+from .cases import Case, cases
+from .models import MODELS, training_step
+
+COMPILED = ((128, 64, 32, 32), (4096, 768))
+"""The shapes at which torch.compile runs too, forward and backward: each costs it a minute."""
+
+
+def main(out: Path | None, only: str | None, seconds: float, compiled: bool) -> int:
+    """Time the cases whose name holds `only` (all), print a line each, write `out`."""
+    rows = []
+    for case in cases():
+        if only is None or only in str(case):
+            times = harness.measure(harness.steps(case, compiled and _compiles(case)), seconds)
+            rows.append(harness.row(case, times))
+            _show(str(case), rows[-1])
+    models = []
+    for model in MODELS:
+        if only is None or only in model.name:
+            found = {
+                "torch": training_step(model, model.theirs),
+                "torch again": training_step(model, model.theirs),
+                "normkit": training_step(model, model.ours),
+            }
+            times = harness.measure(found, seconds * 4)
+            models.append(harness.model_row(model.name, times))
+            _show(model.name, models[-1])
+    if not rows and not models:
+        print(f"normkit bench: no case's name holds {only!r}", file=sys.stderr)
+        return 1
+    if out is not None:
+        result = {"machine": harness.machine(), "rows": rows, "models": models}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _compiles(case: Case) -> bool:
+    return (
+        case.mode == "forward+backward"
+        and case.shape in COMPILED
+        and case.layout == "contiguous"
+        and str(case.dtype) == "torch.float32"
+    )
+
+
+def _show(name: str, row: dict[str, Any]) -> None:
+    ratios = "  ".join(f"{k} {v:.2f}" for k, v in row.items() if "/" in k)
+    print(f"{name:<70} {ratios}", flush=True)
