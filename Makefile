@@ -27,7 +27,7 @@ sanitize: .venv/ready
 	NORMKIT_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-temp build/sanitize-objects --build-lib build/sanitize
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	  $(BIN)/python -m pytest tests/test_cpu.py tests/test_oracle.py -p no:cacheprovider
+	  $(BIN)/python -m pytest tests/test_cpu.py tests/test_oracle.py -p no:cacheprovider -s
 
 # torch first and pinned: a plain `torch` resolves to a build with gigabytes of CUDA. timm, in the
 # tests, needs a torchvision, and each torchvision fits one torch.

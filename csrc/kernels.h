@@ -855,9 +855,22 @@ struct ColumnKernel : Core<S, K> {
     int64_t first = first_pool(u);
     if (g.group > 1) {
       for (int64_t p = 0; p < pools_of(u); ++p) {
+        // All columns at once: their mean, then their spread about it.
+        const int64_t begin = p * g.group, end = begin + g.group;
+        double n = 0, total = 0, m2 = 0;
+        for (int64_t j = begin; j < end; ++j) {
+          n += all.n[j];
+          total += all.n[j] * all.mean[j];
+        }
+        const double mean = n > 0 ? total / n : 0;
+        for (int64_t j = begin; j < end; ++j) {
+          double d = all.mean[j] - mean;
+          m2 += all.m2[j] + all.n[j] * d * d;
+        }
         Moments m;
-        for (int64_t j = p * g.group; j < (p + 1) * g.group; ++j)
-          m.merge(all.n[j], all.mean[j], all.m2[j]);
+        m.n = n;
+        m.mean = mean;
+        m.m2 = m2;
         Base::finish_moments(c, m, first + p);
       }
       return;

@@ -129,6 +129,13 @@ NORMKIT_APART Vec<T> select(const uint8_t* mask, Vec<T> v, Part part) {
     lanes.a[i] = i < part.n && mask[i] ? lanes.a[i] : T(0);
   return lanes.vec();
 }
+#if NORMKIT_BYTES == 64
+NORMKIT_INLINE Vec<float> select(const uint8_t* mask, Vec<float> v, Part part) {
+  auto lanes = static_cast<__mmask16>((1u << part.n) - 1);
+  __m128i bytes = _mm_maskz_loadu_epi8(lanes, mask);
+  return _mm512_maskz_mov_ps(_mm_test_epi8_mask(bytes, bytes), v.r);
+}
+#endif
 template <class T>
 NORMKIT_INLINE Vec<T> select(const uint8_t* mask, Vec<T> v, Whole) {
   return select(mask, v, Part{Vec<T>::kLanes});
@@ -200,6 +207,18 @@ struct Narrow {
   using V = Vec<float>;
   static NORMKIT_INLINE V load(const S* p, Whole) { return F::widen(p); }
   static NORMKIT_INLINE void store(S* p, V v, Whole) { F::round(p, v); }
+#if NORMKIT_BYTES == 64
+  static NORMKIT_INLINE V load(const S* p, Part part) {
+    alignas(32) S a[V::kLanes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(a), _mm256_maskz_loadu_epi16(first(part), p));
+    return F::widen(a);
+  }
+  static NORMKIT_INLINE void store(S* p, V v, Part part) {
+    alignas(32) S a[V::kLanes];
+    F::round(a, v);
+    _mm256_mask_storeu_epi16(p, first(part), _mm256_load_si256(reinterpret_cast<__m256i*>(a)));
+  }
+#else
   static NORMKIT_APART V load(const S* p, Part part) {
     S a[V::kLanes] = {};
     for (int i = 0; i < part.n; ++i) a[i] = p[i];
@@ -210,6 +229,7 @@ struct Narrow {
     F::round(a, v);
     for (int i = 0; i < part.n; ++i) p[i] = a[i];
   }
+#endif
 };
 
 struct BFloat16Lanes {
