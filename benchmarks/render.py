@@ -48,9 +48,9 @@ def summary(result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"Times faster than torch's layers ({machine['cpu']}, {machine['threads']} threads, "
-            f"{machine['backend cpu']}, torch {machine['torch']}): the geometric mean over shapes, "
-            "layouts, float32 and bfloat16, with the slowest and the fastest row. Below 1 is slower "
-            "than torch.",
+            f"{machine['backend cpu']}, torch {machine['torch']}): the geometric mean over\n"
+            "shapes, layouts, float32 and bfloat16, with the slowest and the fastest row. Below 1 is "
+            "slower\nthan torch.",
             table(["norm", *MODES], body),
             "A training step, forward, backward and SGD:",
             table(["model", "times faster"], steps),
@@ -74,7 +74,7 @@ def goals(result: dict[str, Any]) -> str:
                 f"{statistics.median(floors):.2f} ({floors[-1]:.2f})",
                 f"{statistics.median(theirs):.2f} ({theirs[-1]:.2f})",
                 f"{len(slower)} of {len(of(rows, mode=mode))}",
-                f"{statistics.median(noise) * 100:.1f} % ({noise[int(0.95 * len(noise))] * 100:.0f} %)",
+                f"{statistics.median(noise):.1%} ({noise[int(0.95 * len(noise))]:.0%})",
             ]
         )
     head = [
