@@ -48,9 +48,9 @@ def summary(result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"Times faster than torch's layers ({machine['cpu']}, {machine['threads']} threads, "
-            f"{machine['backend cpu']}, torch {machine['torch']}): the geometric mean over\n"
-            "shapes, layouts, float32 and bfloat16, with the slowest and the fastest row. Below 1 is "
-            "slower\nthan torch.",
+            f"{machine['backend cpu']}, torch {machine['torch']}): the\n"
+            "geometric mean over shapes, layouts, float32 and bfloat16, with the slowest and the\n"
+            "fastest row. Below 1 is slower than torch.",
             table(["norm", *MODES], body),
             "A training step, forward, backward and SGD:",
             table(["model", "times faster"], steps),
