@@ -47,7 +47,7 @@ def test_info_lists_versions_and_backends():
 
 def test_the_readmes_python_runs(capsys):
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", readme, re.S))
     scope: dict = {}
     exec(code, scope)
     assert scope["y"].shape == (8, 3, 32, 32)

@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_tools(commands: Any) -> None:
-    def tool(name: str, help: str) -> Callable[..., Any]:
+    def tool(name: str, help: str, data: str) -> Callable[..., Any]:
         parser = commands.add_parser(
             name,
             help=help,
@@ -137,20 +137,20 @@ def _add_tools(commands: Any) -> None:
             "setup",
             metavar="module:function",
             help="a function without arguments that returns the model, or a dictionary of "
-            f"normkit.{name}'s arguments: model, loader, ...",
+            f"normkit.{name}'s arguments: model, {data}, ...",
         )
         parser.add_argument("--json", action="store_true", help="the report as one JSON object")
         return parser.add_argument
 
     out = "write the model's state_dict there, by torch.save"
     only = "names of layers, as in a shell: 'layer1.*'"
-    add = tool("recalibrate", "replace running averages by exact statistics")
+    add = tool("recalibrate", "replace running averages by exact statistics", "loader")
     add("--sequential", action="store_true", default=None, help="a pass for each layer")
     add("--tolerance", type=float, metavar="T", help="stop at this standard error of the means")
     add("--only", metavar="PATTERN", help=only)
     add("--out", type=Path, metavar="FILE", help=out)
 
-    add = tool("swap", "replace the norms of a model, keeping weights and all else")
+    add = tool("swap", "replace the norms of a model, keeping weights and all else", "example")
     add(
         "--to",
         help="batch, ghost:32, renorm, frozen, sync, instance, group, group:8, layer, rms, none, "
@@ -161,7 +161,7 @@ def _add_tools(commands: Any) -> None:
     add("--fuse", action="store_true", default=None, help="fuse activations and sums, by torch.fx")
     add("--out", type=Path, metavar="FILE", help=out)
 
-    add = tool("fold", "fold the norms of evaluation into the layers beside them")
+    add = tool("fold", "fold the norms of evaluation into the layers beside them", "example")
     add("--only", metavar="PATTERN", help=only)
     add("--tolerance", type=float, metavar="T", help="largest error over largest output")
     add("--out", type=Path, metavar="FILE", help=out)
@@ -170,6 +170,7 @@ def _add_tools(commands: Any) -> None:
         "inspect",
         "find faults of normalization in a model and its data; exit status 1 "
         "if there are any, 2 for unusable input",
+        "loader",
     )
     add("--batches", type=int, metavar="N", help="look at so many batches (default: 8)")
     add("--ignore", type=lambda codes: codes.split(","), metavar="CODES", help="as NK05,NK10")

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import normkit
-from normkit.tools.model import first_input
+from normkit.tools.model import ToolError, first_input
 
 
 def batches(sizes=(5, 3, 8), offset=0.0):
@@ -301,3 +301,31 @@ def test_two_ranks_give_the_statistics_of_all_their_data(sizes, wrap):
 def test_a_failure_of_one_rank_ends_the_others_too():
     got = on_ranks(recalibrate_rank, ([4], [8]), True)
     assert got == {0: "KeyError: 'broken'", 1: "ToolError: rank 0 failed: KeyError: 'broken'"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"loader": list(torch.randn(3, 4).split(1))},
+            "batch 1 has one value per channel.*drop_last",
+        ),
+        ({"only": "1.x"}, "no layer's name fits only='1.x'; the nearest is '1'"),
+        ({"tolerance": 0}, "tolerance must be positive, got 0"),
+        ({"loader": torch.randn(8, 4)}, r"expected a loader of batches, got a tensor of shape"),
+        ({"loader": [((torch.randn(8, 4), 1), 2)]}, r"model\(batch\[0\]\[0\]\)"),
+    ],
+)
+def test_a_refusal_names_what_was_met_and_the_remedy(change, message):
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    arguments = {"loader": [torch.randn(8, 4)] * 2} | change
+    with pytest.raises(ToolError, match=message):
+        normkit.recalibrate(model, **arguments)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_one_batch_reaches_no_tolerance():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    report = normkit.recalibrate(model, [torch.randn(8, 4)], tolerance=0.5)
+    assert report.facts["tolerance reached"] is False

@@ -42,6 +42,9 @@ def main(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> Any:
     tool = getattr(normkit, options.command)
+    for target in (options.out, getattr(options, "html", None)):
+        if target is not None and not target.parent.is_dir():
+            raise LabError(f"can't write {target}: there is no folder {target.parent}")
     made = call(load(options.setup, "setup"), f"calling {options.setup!r}")
     arguments: dict[str, Any] = dict(made) if isinstance(made, Mapping) else {"model": made}
     if "model" in arguments and not isinstance(arguments["model"], torch.nn.Module):

@@ -19,6 +19,7 @@ from .model import (
     Only,
     ToolError,
     all_off,
+    check_only,
     chosen,
     first_input,
     largest,
@@ -121,6 +122,7 @@ def fold(
     model = taken(model, copy)
     if model.training:
         raise ToolError("fold is for evaluation, and the model is in training; call .eval() first")
+    check_only(model, only)
     run = forward or first_input
     before = outputs(model, example, run)
     flow = Flow(model)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .measure import Facts, Layer, measure
-from .model import Forward, ToolError, again, first_input, inner, preserved, taken
+from .model import Forward, ToolError, again, check_loader, first_input, inner, preserved, taken
 from .recalibrate import recalibrate
 from .rules import RULES
 from .swap import swap
@@ -118,6 +118,9 @@ def inspect(
         raise ToolError(
             f"unknown code {sorted(unknown)[0]!r}; known: {', '.join(r.code for r in RULES)}"
         )
+    check_loader(loader)
+    if batches < 1:
+        raise ToolError(f"batches must be at least 1, got {batches}")
     run = forward or first_input
     if fix:
         again(loader, "fix=True")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy as copying
+import difflib
 import fnmatch
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,6 +68,25 @@ def chosen(only: Only, name: str, module: nn.Module) -> bool:
     return fnmatch.fnmatchcase(name, only) if isinstance(only, str) else only(name, module)
 
 
+def check_only(model: nn.Module, only: Only) -> None:
+    """A pattern fits some name, or ToolError with the nearest one."""
+    names = [name for name, _ in model.named_modules() if name]
+    if not isinstance(only, str) or any(fnmatch.fnmatchcase(name, only) for name in names):
+        return
+    near = difflib.get_close_matches(only, names, n=1, cutoff=0.3)
+    hint = f"; the nearest is {near[0]!r}" if near else ""
+    raise ToolError(f"no layer's name fits only={only!r}{hint}")
+
+
+def check_loader(loader: Any) -> None:
+    """A loader yields batches; one tensor would be cut into its samples."""
+    if isinstance(loader, Tensor):
+        raise ToolError(
+            f"expected a loader of batches, got a tensor of shape {tuple(loader.shape)}; give "
+            "[x], or a DataLoader"
+        )
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer is; the CPU if it has none."""
     for tensors in (model.parameters(), model.buffers()):
@@ -83,9 +103,10 @@ def first_input(model: nn.Module, batch: Any) -> Any:
     """
     x = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(x, Tensor):
+        inputs = "**batch" if isinstance(batch, Mapping) else "batch[0][0]"
         raise ToolError(
             f"a batch is a {_form(batch)}, neither a tensor nor a tuple that starts with one; say "
-            "how to run it: forward=lambda model, batch: model(**batch)"
+            f"how to run it: forward=lambda model, batch: model({inputs})"
         )
     return model(x.to(device_of(model)))
 

@@ -21,6 +21,8 @@ from .model import (
     ToolError,
     again,
     all_off,
+    check_loader,
+    check_only,
     chosen,
     first_input,
     inner,
@@ -66,7 +68,8 @@ def recalibrate(
     """Replace running averages by the statistics of all the loader's data.
 
     running_mean = <x>, running_var = sum (x - <x>)² / (n - 1), over every value that reaches the
-    layer, in float64, batches of any size weighted by their counts.
+    layer, in float64, batches weighted by their counts. Unless `sequential`, a batch has more than
+    one value per channel.
 
     In one pass each layer sees what training shows it: the layers before it normalize by the batch.
     Everything else is in evaluation (dropout off), `model.train()` is never called, and all flags
@@ -106,6 +109,12 @@ def recalibrate(
     """
     given = taken(model, copy)
     model, run = inner(given), forward or first_input
+    check_only(model, only)
+    check_loader(loader)
+    if tolerance is not None and not tolerance > 0:
+        raise ToolError(
+            f"tolerance must be positive, got {tolerance!r}; None reads the whole loader"
+        )
     layers, rows = _layers(model, only)
     if sequential:
         again(loader, "sequential=True")
@@ -184,7 +193,16 @@ def _pass(
     read = 0
     with _hooks(layers, lambda name, x, mask: watched[name].see(x, mask)):
         for read, batch in enumerate(_counted(loader, progress), 1):
-            run(model, batch)
+            try:
+                run(model, batch)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise ToolError(
+                    f"batch {read} has one value per channel, by which no layer can normalize "
+                    f"({error}); use larger batches (DataLoader(drop_last=True) drops a last one), "
+                    "or sequential=True, whose layers normalize by running averages"
+                ) from error
             if tolerance is not None and read >= _FEWEST_BATCHES and _converged(watched, tolerance):
                 break
     for layer in layers.values():
@@ -198,7 +216,8 @@ def _converged(watched: dict[str, Spread], tolerance: float | None) -> bool:
 
 
 def _standard_error(watched: Spread) -> float:
-    return watched.errors()[0] / math.sqrt(watched.batches)
+    """Of the mean; a single batch says nothing of it."""
+    return watched.errors()[0] / math.sqrt(watched.batches) if watched.batches > 1 else math.inf
 
 
 def _order(

@@ -193,7 +193,8 @@ def weight_decay(facts: Facts, threshold: float) -> Found:
             yield (
                 f"optimizer.param_groups[{number}]",
                 f"weight_decay={group['weight_decay']:g} on {hit} weights and biases of norms",
-                "torch.optim.SGD([{'params': rest}, {'params': norms, 'weight_decay': 0}])",
+                f"torch.optim.{type(facts.optimizer).__name__}([{{'params': rest}}, "
+                "{'params': norms, 'weight_decay': 0}])",
             )
 
 

@@ -17,6 +17,7 @@ from .model import (
     Forward,
     Only,
     ToolError,
+    check_only,
     chosen,
     first_input,
     largest,
@@ -92,6 +93,7 @@ def swap(
         raise ToolError("the optimizer holds the model's parameters, not a copy's; leave one out")
     kind, function, number = _kind(to, groups)
     model = taken(model, copy)
+    check_only(model, only)
     run = forward or first_input
     before = outputs(model, example, run)
     parameters = list(model.parameters())
