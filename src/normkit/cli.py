@@ -106,10 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of these options")
     study.add_argument("--json", action="store_true", help="one JSON object a line, for machines")
     add = study.add_argument
-    add("--data", help="digits, fashion-mnist, file.npz or package.module:function")
+    add("--data", help="digits, wine, breast-cancer, fashion-mnist, file.npz or module:function")
     add("--data-root", metavar="DIR", help="where the data files are")
     add("--model", help="mlp, cnn, resnet or package.module:function")
     add("--activation", help="sigmoid, tanh or relu")
+    add("--inputs", help="standardized, raw, min-max or whitened (default: standardized)")
+    add("--placement", help="norms before or after the activation (default: before)")
     add("--arms", help="comma-separated names of the arms to run (default: all)")
     add("--seeds", type=int, metavar="N", help="seeds to pair the arms by (default: 6)")
     add("--steps", type=int, metavar="N", help="training steps of each run")
@@ -215,7 +217,6 @@ def _run(options: argparse.Namespace) -> int:
     if options.list:
         for study in studies.values():
             print(f"{study.name}: {study.claim}\n    {study.source}")
-            print(f"    arms: {', '.join(arm.name for arm in study.arms)}")
         return 0
     if options.study is None:
         raise LabError(f"no study named; one of: {', '.join(studies)}")
@@ -226,8 +227,11 @@ def _run(options: argparse.Namespace) -> int:
         given = getattr(options, field.name)
         if given is not None:
             values[field.name] = given
-    config = Config(**values).resolved(options.study)
+    given = Config(**values)
+    progress = progress_for(options.json)
+    study = studies[options.study]
+    config = given.resolved(study.name, study.length)
     if not options.json:
-        print(shlex.join(config.command(options.study)), flush=True)
-    run_study(studies[options.study], config, progress_for(options.json))
+        print(shlex.join(config.command(study.name)), flush=True)
+    run_study(study, given, progress)
     return 0

@@ -12,9 +12,10 @@ from playwright import sync_api as browser_api
 from normkit.lab.config import Config
 from normkit.lab.data import load_data
 from normkit.lab.page import SCRIPT
-from normkit.lab.report import embedded, page, raw_numbers
+from normkit.lab.report import Section, embedded, page, raw_numbers
 from normkit.lab.store import Run, Store
 from normkit.lab.studies.speed import ARMS, STUDY
+from normkit.lab.study import Evidence
 from normkit.lab.train import Task, train
 
 NASTY = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
@@ -33,9 +34,11 @@ def report(tmp_path_factory):
             for told in train(Task(run.id, arm, seed, config), data):
                 store.write(told)
     runs = list(store.runs())
-    findings = STUDY.judge(config, {a.name: [r for r in runs if r.arm == a.name] for a in ARMS})
+    by_arm = {arm.name: [run for run in runs if run.arm == arm.name] for arm in ARMS}
+    findings = STUDY.judge(Evidence(config, ARMS, by_arm))
     named = replace(config, data=NASTY, model=NASTY, out=NASTY)
-    text = page(STUDY, named, replace(data, name=NASTY), ARMS, runs, findings, store.versions())
+    other = replace(data, name=NASTY)
+    text = page([Section(STUDY, named, other, ARMS, runs, findings, store.versions())])
     store.close()
     path = folder / "report.html"
     path.write_text(text, "utf-8")
@@ -92,7 +95,7 @@ def test_it_opens_offline_without_a_word_on_the_console(opened, width, scheme):
 
 def test_the_expected_traces_are_drawn(opened, report):
     tab, _, _ = opened()
-    drawn = "document.getElementById('plot-accuracy').data"
+    drawn = "document.getElementById('plot-speed-accuracy').data"
     lines = tab.evaluate(f"{drawn}.filter(t => t.meta === 'line').map(t => t.name)")
     assert lines == [arm.label for arm in ARMS]
     assert tab.evaluate(f"{drawn}.filter(t => t.meta === 'band').length") == len(ARMS)
@@ -100,23 +103,23 @@ def test_the_expected_traces_are_drawn(opened, report):
     assert dots
     assert all(10 <= dot <= 200 for dot in dots)
     # A line for every arm and a marker for every dot are there to see, not only in the data.
-    plot = "#plot-accuracy .scatterlayer"
+    plot = "#plot-speed-accuracy .scatterlayer"
     assert tab.locator(f"{plot} .point").count() == len(dots)
     assert tab.locator(f"{plot} path.js-line").count() == len(ARMS)
-    names = tab.evaluate("document.getElementById('plot-percentiles').data.map(t => t.name)")
-    wanted = [f"{norm}, {p}th" for norm in ("no norm", "batch norm") for p in (85, 50, 15)]
+    names = tab.evaluate("document.getElementById('plot-speed-percentiles').data.map(t => t.name)")
+    wanted = [f"{share}th percentile" for share in (85, 50, 15)] * 2
     assert names == wanted
 
 
 def test_hover_shows_the_values(opened):
     tab, _, _ = opened()
-    plot = tab.locator("#plot-accuracy")
+    plot = tab.locator("#plot-speed-accuracy")
     plot.scroll_into_view_if_needed()
     box = plot.bounding_box()
-    point = tab.locator("#plot-accuracy .scatterlayer .point").first.bounding_box()
+    point = tab.locator("#plot-speed-accuracy .scatterlayer .point").first.bounding_box()
     assert box["x"] < point["x"] < box["x"] + box["width"]
     tab.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
-    label = tab.locator("#plot-accuracy .hoverlayer .hovertext")
+    label = tab.locator("#plot-speed-accuracy .hoverlayer .hovertext")
     label.first.wait_for()
     assert re.search(r"target after \d+ steps", label.first.text_content())
 
@@ -124,7 +127,8 @@ def test_hover_shows_the_values(opened):
 def test_dark_and_light_differ_and_a_change_is_followed(opened):
     tab, _, _ = opened(scheme="light")
     style = "getComputedStyle(document.body).backgroundColor"
-    colour = "document.getElementById('plot-accuracy').data.find(t => t.meta === 'line').line.color"
+    drawn = "document.getElementById('plot-speed-accuracy').data"
+    colour = f"{drawn}.find(t => t.meta === 'line').line.color"
     light = tab.evaluate(style), tab.evaluate(colour)
     tab.emulate_media(color_scheme="dark")
     tab.wait_for_function(f"{colour} !== '{light[1]}'")
@@ -141,7 +145,7 @@ def test_the_users_strings_are_text_and_nothing_else(opened, report):
 def test_the_raw_numbers_can_be_downloaded(opened, report):
     tab, _, _ = opened()
     with tab.expect_download() as download:
-        tab.click("#download")
+        tab.click("a[data-file=speed]")
     lines = Path(download.value.path()).read_text().splitlines()
     assert lines[0].startswith("arm,seed,step,status,test_accuracy,p15,p50,p85")
     assert len(lines) == 1 + sum(len(run.curves["train_loss"][0]) for run in report[1])
@@ -180,6 +184,6 @@ def test_raw_numbers_of_a_long_study_are_thinned_to_two_megabytes():
     assert 500_000 < len(raw_numbers(runs)) < 2_100_000
 
 
-def test_every_arm_has_its_colours():
-    for arm in ARMS:
-        assert SCRIPT.count(f'"{arm.name}": "#') == 2
+def test_every_colour_is_in_both_palettes():
+    for colour in range(10):
+        assert SCRIPT.count(f' {colour}: "#') == 2

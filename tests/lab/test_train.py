@@ -7,15 +7,18 @@ import torch
 from torch import nn
 
 import normkit
+from normkit.lab.arms import Arm
+from normkit.lab.batches import Batches
 from normkit.lab.config import Config
 from normkit.lab.data import load_data
 from normkit.lab.errors import LabError
 from normkit.lab.models import build, check, last_hidden
 from normkit.lab.studies.speed import ARMS
-from normkit.lab.train import Arm, Batches, Task, advance, make_optimizer, measure, train
+from normkit.lab.train import Task, advance, make_optimizer, measure, train
 
 CONFIG = Config(steps=60, eval_every=10).resolved("speed")
 DATA = load_data(CONFIG)
+NONE, BATCH = Arm("none", ""), Arm("batch", "", norm="batch")
 
 
 def weights(model):
@@ -26,8 +29,8 @@ def weights(model):
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resnet"])
 def test_every_arm_starts_from_the_same_weights_of_its_seed(model):
     config = dataclasses.replace(CONFIG, model=model)
-    none, batch = (weights(build(config, DATA, norm, 3)) for norm in ("none", "batch"))
-    other = weights(build(config, DATA, "none", 4))
+    none, batch = (weights(build(config, DATA, arm, 3)) for arm in (NONE, BATCH))
+    other = weights(build(config, DATA, NONE, 4))
     assert len(none) == len(batch) > 0
     assert all(map(torch.equal, none, batch))
     assert not torch.equal(none[0], other[0])
@@ -35,12 +38,12 @@ def test_every_arm_starts_from_the_same_weights_of_its_seed(model):
 
 def test_building_a_model_leaves_the_global_random_state():
     before = torch.get_rng_state()
-    build(CONFIG, DATA, "batch", 0)
+    build(CONFIG, DATA, BATCH, 0)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_the_mlp_is_the_papers():
-    linear = [m for m in build(CONFIG, DATA, "none", 0) if isinstance(m, nn.Linear)]
+    linear = [m for m in build(CONFIG, DATA, NONE, 0) if isinstance(m, nn.Linear)]
     assert [tuple(m.weight.shape) for m in linear] == [(100, 64), (100, 100), (100, 100), (10, 100)]
     assert abs(float(linear[1].weight.detach().std()) - 0.1) < 0.005
     assert all(float(m.bias.detach().abs().max()) == 0 for m in linear)
@@ -48,7 +51,7 @@ def test_the_mlp_is_the_papers():
 
 def test_resnet_20_has_its_twenty_layers():
     config = dataclasses.replace(CONFIG, model="resnet")
-    model = build(config, DATA, "batch", 0)
+    model = build(config, DATA, BATCH, 0)
     threes = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(threes) == 19
 
@@ -79,7 +82,7 @@ def test_a_run_from_a_checkpoint_is_bitwise_the_unbroken_run(optimizer, monkeypa
     monkeypatch.setattr("normkit.lab.train._CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr("normkit.lab.train._CHECKPOINT_SHARE", 1e9)
     config = Config(steps=60, eval_every=10, optimizer=optimizer).resolved("speed")
-    task = Task(1, Arm("batch", "", norm="batch"), 0, config)
+    task = Task(1, BATCH, 0, config)
     whole, reports = collect(task)
     cut = next(r for r in reports if r.checkpoint is not None and r.step == 30)
     torch.manual_seed(99)
@@ -101,7 +104,7 @@ def test_dropout_too_goes_on_where_it_was(monkeypatch, tmp_path):
     monkeypatch.setattr("normkit.lab.train._CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr("normkit.lab.train._CHECKPOINT_SHARE", 1e9)
     config = Config(steps=40, eval_every=10, model="dropping:net").resolved("speed")
-    task = Task(1, Arm("none", ""), 0, config)
+    task = Task(1, NONE, 0, config)
     whole, reports = collect(task)
     rest, _ = collect(dataclasses.replace(task, checkpoint=reports[0].checkpoint))
     assert rest[40] == whole[40]
@@ -109,7 +112,7 @@ def test_dropout_too_goes_on_where_it_was(monkeypatch, tmp_path):
 
 def test_a_diverging_run_is_recorded_as_diverged_and_stops():
     config = Config(steps=60, eval_every=10, lr=1e30, activation="relu").resolved("speed")
-    rows, reports = collect(Task(1, Arm("none", ""), 0, config))
+    rows, reports = collect(Task(1, NONE, 0, config))
     assert reports[-1].status == "diverged"
     assert reports[-1].step == 10 == max(rows)
     assert reports[-1].test_accuracy is None
@@ -117,7 +120,7 @@ def test_a_diverging_run_is_recorded_as_diverged_and_stops():
 
 def test_measuring_leaves_no_trace_the_next_step_is_bitwise_the_same():
     def after(measured):
-        model = build(CONFIG, DATA, "batch", 0)
+        model = build(CONFIG, DATA, BATCH, 0)
         optimizer = make_optimizer(model, CONFIG, 1.0)
         batches = Batches(DATA.train, 60, 0)
         advance(model, optimizer, batches, 0, 5)
@@ -131,7 +134,7 @@ def test_measuring_leaves_no_trace_the_next_step_is_bitwise_the_same():
 
 
 def test_the_percentiles_are_of_the_first_units_input_to_the_last_activation():
-    model = build(CONFIG, DATA, "batch", 0).eval()
+    model = build(CONFIG, DATA, BATCH, 0).eval()
     assert last_hidden(model) is model[9]
     with torch.no_grad():
         values = model[:9](DATA.validation[0])[:, 0].double()
@@ -190,12 +193,13 @@ def test_a_model_that_cannot_be_studied_is_refused(function, said, tmp_path, mon
     monkeypatch.syspath_prepend(tmp_path)
     config = Config(model=f"badmodels:{function}").resolved("speed")
     with pytest.raises(LabError, match=said):
-        check(config, DATA, ["none", "batch"])
+        check(DATA, [(NONE, config), (BATCH, config)])
 
 
 def test_a_norm_is_any_that_the_factory_makes():
-    check(CONFIG, DATA, ["none", "batch", "group:4", "layer"])
-    model = build(CONFIG, DATA, "group:4", seed=0)
+    arms = [Arm(name, name, norm=name) for name in ("none", "batch", "group:4", "layer")]
+    check(DATA, [(arm, CONFIG) for arm in arms])
+    model = build(CONFIG, DATA, arms[2], seed=0)
     assert [type(m) for m in model.modules()].count(normkit.GroupNorm) == 3
     with pytest.raises(ValueError, match="did you mean 'batch'"):
-        build(CONFIG, DATA, "bacth", seed=0)
+        build(CONFIG, DATA, Arm("", "", norm="bacth"), seed=0)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from normkit.lab.config import Config
+from normkit.lab.measures import target_of
 from normkit.lab.store import Run
-from normkit.lab.studies.speed import ARMS, judge, target_of
+from normkit.lab.studies.speed import ARMS, judge
+from normkit.lab.study import Evidence
 from normkit.lab.verdict import estimate, log_speedup, smoothed, steps_to, word
 
 CONFIG = Config(steps=3000, eval_every=30).resolved("speed")
@@ -35,8 +37,12 @@ def study(rng, n, **arms):
     }
 
 
+def judged(runs):
+    return judge(Evidence(CONFIG, ARMS, runs))
+
+
 def words(runs):
-    return {v.claim: v.word for v in judge(CONFIG, runs).verdicts}
+    return {v.claim: v.word for v in judged(runs).verdicts}
 
 
 def rates(claim, repeats, n, **arms):
@@ -97,7 +103,7 @@ def test_a_gain_within_the_margin_of_one_point_is_no_larger_rate():
 
 def test_five_seeds_give_a_range_and_no_verdict():
     rng = np.random.default_rng(0)
-    findings = judge(CONFIG, study(rng, 5, **BATCH))
+    findings = judged(study(rng, 5, **BATCH))
     assert {v.word for v in findings.verdicts} == {"range only"}
     assert any("--seeds 6" in note for note in findings.notes)
 
@@ -106,7 +112,7 @@ def test_runs_that_never_reach_the_target_are_counted_and_do_not_stop_the_verdic
     rng = np.random.default_rng(0)
     runs = study(rng, 6, **BATCH)
     runs["none"][5] = simulated("none", 5, rng, 200, final=0.5)
-    findings = judge(CONFIG, runs)
+    findings = judged(runs)
     assert findings.verdicts[0].word == "holds"
     assert "1 of 6 runs without never got there" in findings.verdicts[0].because
     assert findings.rows[0][2] == "5 of 6"
@@ -114,7 +120,7 @@ def test_runs_that_never_reach_the_target_are_counted_and_do_not_stop_the_verdic
 
 def test_batch_norm_that_never_arrives_is_reversed():
     rng = np.random.default_rng(0)
-    findings = judge(CONFIG, study(rng, 6, batch={"final": 0.5}))
+    findings = judged(study(rng, 6, batch={"final": 0.5}))
     assert findings.verdicts[0].word == "reversed"
     assert findings.rows[1][1].startswith("never")
 
@@ -123,7 +129,7 @@ def test_diverged_runs_are_counted_and_have_accuracy_zero():
     rng = np.random.default_rng(0)
     runs = study(rng, 6, **BATCH)
     runs["none-x30"] = [simulated("none-x30", s, rng, 200, status="diverged") for s in range(6)]
-    findings = judge(CONFIG, runs)
+    findings = judged(runs)
     row = next(row for row in findings.rows if row[0] == "no norm, 30× rate")
     assert row[2:4] == ["0 of 6", "6"]
     assert row[5].startswith("0.0%")
@@ -135,7 +141,7 @@ def test_a_baseline_that_diverged_gives_a_target_that_nobody_reaches():
     runs = study(rng, 6, **BATCH)
     runs["none"] = [simulated("none", s, rng, 200, status="diverged") for s in range(6)]
     assert target_of(runs["none"]) == 0
-    assert judge(CONFIG, runs).verdicts[0].word == "inconclusive"
+    assert judged(runs).verdicts[0].word == "inconclusive"
 
 
 def test_the_target_is_98_percent_of_the_median_final_not_of_the_best_point():

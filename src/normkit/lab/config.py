@@ -14,7 +14,9 @@ from normkit.lab.errors import LabError, unknown
 
 ACTIVATIONS = ("sigmoid", "tanh", "relu")
 OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
-NAMED_DATA = ("digits", "fashion-mnist")
+PLACEMENTS = ("before", "after")
+INPUTS = ("standardized", "raw", "min-max", "whitened")
+NAMED_DATA = ("digits", "wine", "breast-cancer", "fashion-mnist")
 NAMED_MODELS = ("mlp", "cnn", "resnet")
 
 # Rates at which the network without normalization ends within a percent of its best, so that the
@@ -36,8 +38,10 @@ class Config:
 
     data: str = "digits"
     data_root: str | None = None
+    inputs: str = "standardized"
     model: str = "mlp"
     activation: str | None = None
+    placement: str = "before"
     seeds: int = 6
     steps: int | None = None
     batch_size: int = 60
@@ -50,9 +54,10 @@ class Config:
     arms: str | None = None
     out: str | None = None
 
-    def resolved(self, study: str) -> "Config":
+    def resolved(self, study: str, length: float = 1.0) -> "Config":
         """Return the configuration with every default filled in, checked.
 
+        `length` is how long the study trains by default, as a share of the network's own default.
         Raises LabError for a value out of range or unknown, naming it and the nearest valid one.
         """
         for field in ("seeds", "steps", "batch_size", "threads", "jobs", "eval_every"):
@@ -67,6 +72,10 @@ class Config:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
         if self.activation is not None and self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
+        if self.placement not in PLACEMENTS:
+            raise unknown("placement", self.placement, PLACEMENTS)
+        if self.inputs not in INPUTS:
+            raise unknown("inputs", self.inputs, INPUTS)
         if self.model not in NAMED_MODELS and ":" not in self.model:
             raise unknown("model", self.model, NAMED_MODELS, "Or package.module:function.")
         _check_device(self.device)
@@ -75,7 +84,7 @@ class Config:
         kind = f"mlp-{activation}" if self.model == "mlp" else self.model
         adaptive = self.optimizer in ("rmsprop", "adam")
         rate = _ADAPTIVE_RATE if adaptive else _RATES.get(kind, 0.1)
-        steps = self.steps or _STEPS.get(self.model, 1000)
+        steps = self.steps or max(1, round(length * _STEPS.get(self.model, 1000)))
         if self.eval_every is not None and self.eval_every > steps:
             raise LabError(
                 f"--eval-every {self.eval_every} is more than --steps {steps}: "

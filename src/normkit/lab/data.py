@@ -3,14 +3,17 @@
 Split by a fixed rule, the same for every seed: where the source has no parts of its own, one
 permutation (drawn with seed 0) gives 60 % training, 20 % validation and 20 % test. Inputs are
 standardized by the training part only: one mean and one deviation per channel of an image, per
-feature of a vector.
+feature of a vector. `scaled` gives them as they came, or scaled in other ways.
 """
 
+import dataclasses
+import functools
 import gzip
 import hashlib
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,10 @@ _VALIDATION_CAP = 1_000
 
 @dataclass(frozen=True)
 class Data:
-    """Standardized inputs (N, C, ...) and labels (N,) of three parts, all on one device."""
+    """Standardized inputs (N, C, ...) and labels (N,) of three parts, all on one device.
+
+    `mean` and `deviation`, (1, C, ...) in float64, are those of the training part as it came.
+    """
 
     name: str
     rule: str
@@ -40,6 +46,8 @@ class Data:
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
+    mean: Tensor
+    deviation: Tensor
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all values, to notice data that changed between two runs."""
@@ -59,6 +67,8 @@ def load_data(config: Config) -> Data:
     name = config.data
     if name == "digits":
         parts, rule = _digits()
+    elif name in ("wine", "breast-cancer"):
+        parts, rule = _table(name)
     elif name == "fashion-mnist":
         parts, rule = _fashion(Path(config.data_root or _FASHION_ROOT))
     elif name.endswith(".npz"):
@@ -125,7 +135,54 @@ def _finish(name: str, rule: str, parts: dict[str, Part], config: Config) -> Dat
         train=put(*parts["train"]),
         validation=put(x[:_VALIDATION_CAP], y[:_VALIDATION_CAP]),
         test=put(*parts["test"]),
+        mean=mean.to(config.device),
+        deviation=deviation.to(config.device),
     )
+
+
+def scaled(data: Data, inputs: str) -> Data:
+    """Return the data with its inputs scaled in another way, always by the training part alone.
+
+    "standardized" is the data as it is. "raw" undoes that. "min-max" brings each feature or channel
+    into [0, 1]; one that doesn't vary becomes 0. "whitened" makes all features (those of an image:
+    its pixels) uncorrelated with variance 1, turned back to where they were (ZCA); directions with
+    less than 1e-3 of the mean variance are left at the scale of that floor.
+    """
+    if inputs == "standardized":
+        return data
+    x = data.train[0].double()
+    if inputs == "raw":
+        change = _affine(data.deviation, data.mean)
+    elif inputs == "min-max":
+        over = [0, *range(2, x.ndim)]
+        low, high = x.amin(over, keepdim=True), x.amax(over, keepdim=True)
+        span = torch.where(high > low, high - low, 1.0)
+        change = _affine(1 / span, -low / span)
+    else:
+        flat = x.flatten(1)
+        mean = flat.mean(0)
+        values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
+        floor = 1e-3 * values.mean()
+        turn = vectors @ torch.diag(values.clamp(min=floor).rsqrt()) @ vectors.T
+        change = functools.partial(_whiten, mean=mean, turn=turn)
+
+    def changed(part: Part) -> Part:
+        return change(part[0].double()).float(), part[1]
+
+    return dataclasses.replace(
+        data,
+        train=changed(data.train),
+        validation=changed(data.validation),
+        test=changed(data.test),
+    )
+
+
+def _affine(scale: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * scale + shift
+
+
+def _whiten(x: Tensor, mean: Tensor, turn: Tensor) -> Tensor:
+    return ((x.flatten(1) - mean) @ turn).reshape(x.shape)
 
 
 def _split(x: Tensor, y: Tensor) -> tuple[dict[str, Part], str]:
@@ -139,11 +196,19 @@ def _split(x: Tensor, y: Tensor) -> tuple[dict[str, Part], str]:
 
 
 def _digits() -> tuple[dict[str, Part], str]:
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn import datasets  # type: ignore[import-untyped]
 
-    found = load_digits()
+    found = datasets.load_digits()
     x = torch.from_numpy(found.images).float().unsqueeze(1)
     return _split(x, torch.from_numpy(found.target).long())
+
+
+def _table(name: str) -> tuple[dict[str, Part], str]:
+    from sklearn import datasets
+
+    load = {"wine": datasets.load_wine, "breast-cancer": datasets.load_breast_cancer}[name]
+    found = load()
+    return _split(torch.from_numpy(found.data), torch.from_numpy(found.target).long())
 
 
 def _fashion(root: Path) -> tuple[dict[str, Part], str]:

@@ -1,20 +1,23 @@
 """The networks of a study; each takes `norm=`, a factory `norm(features) -> Module`, or None.
 
-Normalization layers draw no random numbers, so one seed gives every arm the same initial weights.
+Normalization layers draw no random numbers, so one seed gives every arm the same initial weights. A
+user's function that takes no `norm=` returns a network with norms, and an arm's are swapped in.
 """
 
-import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from normkit.factory import NORMS, create
+from normkit.lab.arms import Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data
 from normkit.lab.errors import LabError
 from normkit.lab.user import call, load
+from normkit.tools.swap import swap
 
 NormFactory = Callable[[int], nn.Module]
 
@@ -26,14 +29,29 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 _LAST_ACTIVATION = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU)
 
 
-def norm_factory(name: str) -> NormFactory | None:
-    """Return the factory of the named normalization, one of `normkit.create`'s; None for `none`."""
-    return None if name == "none" else functools.partial(create, name)
+def norm_factory(arm: Arm) -> NormFactory | None:
+    """Return what makes the arm's norms: one of `normkit.create`'s, its fixed parameters fixed.
+
+    None for `none`.
+    """
+    if arm.norm == "none":
+        return None
+
+    def norm(features: int) -> nn.Module:
+        layer = create(arm.norm, features)
+        for name in arm.fixed:
+            getattr(layer, name).requires_grad_(False)
+        return layer
+
+    return norm
 
 
-def build(config: Config, data: Data, norm: str, seed: int) -> nn.Module:
-    """Return the model of `config` for `data`, its weights drawn from `seed` and nothing else."""
-    factory = norm_factory(norm)
+def build(config: Config, data: Data, arm: Arm, seed: int) -> nn.Module:
+    """Return the arm's model for `data`, its weights drawn from `seed` and nothing else.
+
+    `config` is the arm's own.
+    """
+    factory = norm_factory(arm)
     shape = tuple(data.train[0].shape[1:])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -41,15 +59,15 @@ def build(config: Config, data: Data, norm: str, seed: int) -> nn.Module:
     return model.to(config.device)
 
 
-def check(config: Config, data: Data, norms: list[str]) -> None:
-    """Build and call the model once per normalization.
+def check(data: Data, arms: Sequence[tuple[Arm, Config]]) -> None:
+    """Build and call the model of every arm once; `arms` come with their own configurations.
 
     Raises LabError when it does not return class scores, does not use `norm=`, or starts from
     different weights with and without it; UserCodeError when it raises.
     """
-    weights = {}
-    for norm in norms:
-        model = build(config, data, norm, 0)
+    weights: dict[str, list[Tensor]] = {}
+    for arm, config in arms:
+        model = build(config, data, arm, 0)
         x = data.train[0][: max(2, min(8, config.batch_size))]
         out = call(model, f"calling model {config.model!r} on inputs {tuple(x.shape)}", x)
         if not isinstance(out, Tensor) or out.shape != (len(x), data.classes):
@@ -58,19 +76,19 @@ def check(config: Config, data: Data, norms: list[str]) -> None:
                 f"model {config.model!r} returned {got} for inputs {tuple(x.shape)}; "
                 f"it must return class scores of shape {(len(x), data.classes)}"
             )
-        layer = None if norm == "none" else NORMS[norm.partition(":")[0]].layer
-        if layer is not None and not any(type(m) is layer for m in model.modules()):
+        layer = None if arm.norm == "none" else NORMS[arm.norm.partition(":")[0]].layer
+        if layer is not None and not any(isinstance(m, layer) for m in model.modules()):
             raise LabError(
                 f"model {config.model!r} has no normalization layers though norm= was given; "
                 "build them in it with norm(features) wherever it is not None"
             )
-        weights[norm] = [
+        found = [
             m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
         ]
-    first, *others = weights.values()
-    for other in others:
-        same = len(first) == len(other) and all(map(torch.equal, first, other))
-        if not same:
+        # Networks with another activation start from weights of another scale.
+        kind = str(config.activation)
+        first = weights.setdefault(kind, found)
+        if len(first) != len(found) or not all(map(torch.equal, first, found)):
             raise LabError(
                 f"model {config.model!r} starts from different weights with and without norm=; "
                 "draw the same random numbers in both, so that the arms can be paired by seed"
@@ -89,56 +107,94 @@ def _construct(
 ) -> nn.Module:
     act = _ACTIVATIONS[config.activation or "relu"]
     if ":" in config.model:
-        model = call(load(config.model, "model"), f"building model {config.model!r}", norm=norm)
-        if not isinstance(model, nn.Module):
-            raise LabError(
-                f"model {config.model!r} returned a {type(model).__name__}, no nn.Module"
-            )
-        return model
+        return _users(config.model, norm)
+    after = config.placement == "after"
     if config.model == "mlp":
-        return mlp(int(torch.tensor(shape).prod()), classes, norm, act)
+        return mlp(int(torch.tensor(shape).prod()), classes, norm, act, after)
     if len(shape) != 3:
         raise LabError(
             f"model {config.model!r} takes images (C, H, W) and the data has shape {shape}; use mlp"
         )
     network = {"cnn": cnn, "resnet": resnet}[config.model]
-    return network(shape[0], classes, norm, act)
+    return network(shape[0], classes, norm, act, after)
+
+
+def takes_norm(reference: str) -> bool:
+    """Say whether the user's function takes `norm=`, rather than returning a network with norms."""
+    parameters = inspect.signature(load(reference, "model")).parameters.values()
+    return any(p.name == "norm" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _users(reference: str, norm: NormFactory | None) -> nn.Module:
+    doing = f"building model {reference!r}"
+    if takes_norm(reference):
+        model = call(load(reference, "model"), doing, norm=norm)
+    else:
+        model = call(load(reference, "model"), doing)
+    if not isinstance(model, nn.Module):
+        raise LabError(f"model {reference!r} returned a {type(model).__name__}, no nn.Module")
+    if takes_norm(reference):
+        return model
+    report = swap(model, norm or "none")
+    if not report.facts["swapped"]:
+        raise LabError(
+            f"model {reference!r} takes no norm= and has no norms that could be swapped; give it "
+            "an argument norm, a factory norm(features) -> Module or None, or build norms into it"
+        )
+    if left := [f"{row.layer} ({row.note})" for row in report.rows if row.note.startswith("left")]:
+        raise LabError(f"model {reference!r}: norms that can't be swapped: {', '.join(left)}")
+    return report.model
 
 
 def mlp(
-    features: int, classes: int, norm: NormFactory | None, act: type[nn.Module] = nn.Sigmoid
+    features: int,
+    classes: int,
+    norm: NormFactory | None,
+    act: type[nn.Module] = nn.Sigmoid,
+    after: bool = False,
 ) -> nn.Module:
     """The paper's network: 3 hidden layers of 100 units, small Gaussian weights, zero biases."""
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise([features, 100, 100, 100]):
-        layers += [_drawn(nn.Linear(inputs, outputs), act), *_maybe(norm, outputs), act()]
+        layers += [_drawn(nn.Linear(inputs, outputs), act), *_normed(norm, outputs, act, after)]
     return nn.Sequential(*layers, _drawn(nn.Linear(100, classes), act))
 
 
 def cnn(
-    channels: int, classes: int, norm: NormFactory | None, act: type[nn.Module] = nn.ReLU
+    channels: int,
+    classes: int,
+    norm: NormFactory | None,
+    act: type[nn.Module] = nn.ReLU,
+    after: bool = False,
 ) -> nn.Module:
     """A small VGG: 3x3 convolutions of 16, 32 and 64 channels, halved between, averaged, linear."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise([channels, 16, 32, 64]):
         conv = _drawn(nn.Conv2d(inputs, outputs, 3, padding=1), act)
-        layers += [conv, *_maybe(norm, outputs), act(), nn.MaxPool2d(2, ceil_mode=True)]
+        layers += [conv, *_normed(norm, outputs, act, after), nn.MaxPool2d(2, ceil_mode=True)]
     head = _drawn(nn.Linear(64, classes), act)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
 def resnet(
-    channels: int, classes: int, norm: NormFactory | None, act: type[nn.Module] = nn.ReLU
+    channels: int,
+    classes: int,
+    norm: NormFactory | None,
+    act: type[nn.Module] = nn.ReLU,
+    after: bool = False,
 ) -> nn.Module:
-    """ResNet-20 after He et al. 2015: three stages of three blocks, 16, 32, 64 channels."""
+    """ResNet-20 after He et al. 2015: three stages of three blocks, 16, 32, 64 channels.
+
+    `after` moves the norms behind the two activations that follow one at once, the stem's and the
+    first of each block; a norm in front of a sum stays.
+    """
     layers: list[nn.Module] = [
         _drawn(nn.Conv2d(channels, 16, 3, padding=1), act),
-        *_maybe(norm, 16),
-        act(),
+        *_normed(norm, 16, act, after),
     ]
     for inputs, outputs in [(16, 16), (16, 32), (32, 64)]:
         for inner in (inputs, outputs, outputs):
-            layers.append(_Block(inner, outputs, norm, act))
+            layers.append(_Block(inner, outputs, norm, act, after))
     head = _drawn(nn.Linear(64, classes), act)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
@@ -147,14 +203,18 @@ class _Block(nn.Module):
     """Two 3x3 convolutions and a shortcut, 1x1 where the channel count changes (and halves)."""
 
     def __init__(
-        self, inputs: int, outputs: int, norm: NormFactory | None, act: type[nn.Module]
+        self,
+        inputs: int,
+        outputs: int,
+        norm: NormFactory | None,
+        act: type[nn.Module],
+        after: bool,
     ) -> None:
         super().__init__()
         stride = 1 if inputs == outputs else 2
         self.body = nn.Sequential(
             _drawn(nn.Conv2d(inputs, outputs, 3, stride, padding=1), act),
-            *_maybe(norm, outputs),
-            act(),
+            *_normed(norm, outputs, act, after),
             _drawn(nn.Conv2d(outputs, outputs, 3, padding=1), act),
             *_maybe(norm, outputs),
         )
@@ -169,6 +229,12 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.body(x) + self.shortcut(x))
+
+
+def _normed(
+    norm: NormFactory | None, features: int, act: type[nn.Module], after: bool
+) -> list[nn.Module]:
+    return [act(), *_maybe(norm, features)] if after else [*_maybe(norm, features), act()]
 
 
 def _maybe(norm: NormFactory | None, features: int) -> list[nn.Module]:

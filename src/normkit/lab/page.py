@@ -21,21 +21,28 @@ header { max-width: 780px; }
 .kicker { margin: 0 0 12px; color: var(--muted); font-size: 14px; overflow-wrap: anywhere; }
 h1 { margin: 0 0 12px; font-size: 34px; line-height: 1.2; font-weight: 650;
   letter-spacing: -.015em; }
-h2 { margin: 0 0 14px; font-size: 21px; line-height: 1.3; font-weight: 620; }
+h2 { margin: 0 0 12px; font-size: 28px; line-height: 1.25; font-weight: 640;
+  letter-spacing: -.01em; }
+h3 { margin: 0 0 14px; font-size: 21px; line-height: 1.3; font-weight: 620; }
+nav { margin-top: 40px; }
+a { color: inherit; }
+.study { margin-top: 96px; padding-top: 40px; border-top: 1px solid var(--line); }
+.overview td:nth-child(2) { min-width: 150px; } .overview td:nth-child(4) { min-width: 320px; }
+.overview td.holds, .overview td.reversed { border-color: var(--line); }
+.overview .word { float: none; font-weight: 600; white-space: nowrap; }
 .source { margin: 0; color: var(--muted); font-size: 15px; }
 section { margin-top: 60px; }
 .verdicts { margin-top: 40px; display: grid; gap: 20px;
   grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); }
 .verdict { padding: 18px 22px 20px; background: var(--soft); border-radius: 6px;
   border-top: 3px solid var(--plain); }
-.verdict h2 { font-size: 17px; margin-bottom: 8px; }
+.verdict h3 { font-size: 17px; margin-bottom: 8px; }
 .verdict p { margin: 0; font-size: 15px; line-height: 1.55; }
 .word { float: right; color: var(--plain); }
 .holds { border-color: var(--good); } .holds .word { color: var(--good); }
 .reversed { border-color: var(--bad); } .reversed .word { color: var(--bad); }
 figure { margin: 0; }
-.plot { width: 100%; height: 500px; }
-#plot-percentiles { height: 380px; }
+.plot { width: 100%; }
 figcaption { margin-top: 10px; max-width: 780px; color: var(--muted); font-size: 15px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; line-height: 1.45;
@@ -44,7 +51,7 @@ th, td { padding: 10px 14px 10px 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 thead th { color: var(--muted); font-weight: 500; font-size: 13.5px; vertical-align: bottom; }
 tbody th { font-weight: 600; min-width: 140px; }
-td:nth-child(2), td:nth-child(5), td:nth-child(6) { min-width: 130px; }
+td { min-width: 90px; }
 .notes { margin: 18px 0 0; padding-left: 20px; max-width: 780px; color: var(--muted);
   font-size: 15px; }
 dl { margin: 0; display: grid; grid-template-columns: 110px 1fr; gap: 10px 20px; max-width: 900px;
@@ -60,9 +67,8 @@ pre { margin: 0 0 20px; padding: 16px 20px; background: var(--soft); border-radi
 @media (max-width: 640px) {
   body { font-size: 16px; }
   main { padding: 32px 18px 64px; }
-  h1 { font-size: 26px; }
+  h1 { font-size: 26px; } h2 { font-size: 23px; }
   section { margin-top: 44px; }
-  .plot { height: 520px; }
   dl { grid-template-columns: 1fr; gap: 2px; } dd { margin-bottom: 12px; }
 }
 @media print { .button { display: none; } }
@@ -75,13 +81,13 @@ const payload = JSON.parse(document.getElementById("payload").textContent);
 const palettes = {
   light: {
     page: "#fdfdfc", ink: "#1c1e21", muted: "#5f6670", line: "#e6e8eb",
-    "none": "#33383e", "none-again": "#7b838c", "none-x5": "#a06800", "none-x30": "#b8470b",
-    "batch": "#0068a8", "batch-x5": "#00795a", "batch-x30": "#9c4a80",
+    0: "#33383e", 1: "#0068a8", 2: "#00795a", 3: "#9c4a80", 4: "#a06800",
+    5: "#b8470b", 6: "#7b838c", 7: "#5a51b8", 8: "#007a87", 9: "#b0304f",
   },
   dark: {
     page: "#14171a", ink: "#e9ebed", muted: "#a0a8b1", line: "#2b3036",
-    "none": "#e9ebed", "none-again": "#98a1ab", "none-x5": "#e8ab2e", "none-x30": "#ef8550",
-    "batch": "#63b7ee", "batch-x5": "#35c497", "batch-x30": "#e08fc0",
+    0: "#e9ebed", 1: "#63b7ee", 2: "#35c497", 3: "#e08fc0", 4: "#e8ab2e",
+    5: "#ef8550", 6: "#98a1ab", 7: "#a79ff0", 8: "#4cc4d2", 9: "#f08099",
   },
 };
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -101,14 +107,15 @@ function coloured(value, palette) {
 }
 
 // Name each line at its right end; names that would overlap are moved apart.
-function endLabels(traces, height, range) {
+function endLabels(traces, height, range, place) {
   const lines = traces.filter((trace) => trace.meta === "line" && trace.showlegend !== false);
-  if (!lines.length) return [];
   const [low, high] = range;
   const gap = 19 / height * (high - low);
   const ends = lines.map((trace) => ({
-    text: trace.name, color: trace.line.color, y: trace.y[trace.y.length - 1],
-  })).sort((a, b) => a.y - b.y);
+    text: trace.name, color: trace.line.color,
+    y: trace.y.filter(Number.isFinite).map(place).pop(),
+  })).filter((end) => Number.isFinite(end.y)).sort((a, b) => a.y - b.y);
+  if (!ends.length) return [];
   const places = ends.map((end) => end.y);
   for (let i = 1; i < places.length; i++) places[i] = Math.max(places[i], places[i - 1] + gap);
   places[places.length - 1] = Math.min(places[places.length - 1], high);
@@ -117,6 +124,24 @@ function endLabels(traces, height, range) {
     xref: "paper", x: 1.012, xanchor: "left", y: places[i], yanchor: "middle", showarrow: false,
     text: end.text, font: {color: end.color, size: 13},
   }));
+}
+
+// Panels that stand side by side on a wide screen are put one below the other on a narrow one.
+function stacked(traces, layout) {
+  const panels = Object.keys(layout).filter((key) => key.startsWith("xaxis")).sort(
+    (a, b) => (Number(a.slice(5)) || 1) - (Number(b.slice(5)) || 1));
+  if (panels.length < 2) return 1;
+  const share = 1 / panels.length, y = layout.yaxis;
+  panels.forEach((key, i) => {
+    const suffix = key.slice(5), top = 1 - i * share;
+    layout[key] = {...layout[key], domain: [0, 1], anchor: "y" + suffix};
+    layout["yaxis" + suffix] = {
+      ...y, domain: [top - .68 * share, top - .08 * share], ...(i ? {matches: "y"} : {}),
+    };
+    Object.assign(layout.annotations[i], {x: 0, y: top - .07 * share});
+    for (const trace of traces) if (trace.xaxis === "x" + suffix) trace.yaxis = "y" + suffix;
+  });
+  return panels.length;
 }
 
 function draw() {
@@ -128,8 +153,10 @@ function draw() {
   return Promise.all(payload.figures.map((figure) => {
     const element = document.getElementById("plot-" + figure.name);
     const traces = coloured(figure.traces, palette);
-    const layout = coloured(figure.layout, palette);
-    const labelled = layout.showlegend !== false;
+    const {names, ...layout} = coloured(figure.layout, palette);
+    const panels = narrow.matches ? stacked(traces, layout) : 1;
+    const ends = names === "ends" && !narrow.matches;
+    const legend = names === "below" || (names === "ends" && narrow.matches);
     const axis = {
       gridcolor: palette.line, linecolor: palette.line, zeroline: false, automargin: true,
       tickcolor: palette.line, fixedrange: narrow.matches,
@@ -137,20 +164,30 @@ function draw() {
     for (const key of Object.keys(layout)) {
       if (/^[xy]axis/.test(key)) layout[key] = {...axis, ...layout[key]};
     }
-    const bottom = narrow.matches && labelled ? 190 : 56;
-    const margin = {l: 56, r: labelled && !narrow.matches ? 205 : 14, t: 30, b: bottom};
-    if (labelled && !narrow.matches) {
-      const values = traces.filter((t) => t.meta).flatMap((t) => t.y).filter(Number.isFinite);
-      const low = Math.min(...values), high = Math.max(...values);
-      const range = [low - .04 * (high - low), high + .04 * (high - low)];
+    const entries = traces.filter((t) => t.meta === "line" && t.showlegend !== false).length;
+    const rows = legend ? Math.ceil(entries / (narrow.matches ? 2 : 4)) : 0;
+    const bottom = 56 + 24 * rows;
+    const margin = {l: 56, r: ends ? 205 : 14, t: 30, b: bottom};
+    const height = (layout.height || (panels > 1 ? 300 * panels : 420)) + 24 * rows;
+    element.style.height = height + "px";
+    if (ends) {
+      const log = layout.yaxis.type === "log";
+      const place = (value) => log ? Math.log10(value) : value;
+      const values = traces.filter((t) => t.meta).flatMap((t) => t.y).map(
+        (v) => v === null ? NaN : place(v)).filter(Number.isFinite);
+      const low = Math.min(...values), high = Math.max(...values), edge = .04 * (high - low) || 1;
+      const range = [low - edge, high + edge];
       layout.yaxis.range = range;
-      const height = element.clientHeight - margin.t - margin.b;
-      layout.annotations = [...layout.annotations, ...endLabels(traces, height, range)];
+      const inner = height - margin.t - margin.b;
+      layout.annotations = [...layout.annotations, ...endLabels(traces, inner, range, place)];
     }
     Object.assign(layout, {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font, margin,
-      hovermode: "closest", showlegend: labelled && narrow.matches,
-      legend: {orientation: "h", x: 0, y: -0.2, yanchor: "top", font: {color: palette.ink}},
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font, margin, height,
+      hovermode: "closest", showlegend: legend,
+      legend: {
+        orientation: "h", x: 0, y: -52 / (height - margin.t - bottom), yanchor: "top",
+        font: {color: palette.ink},
+      },
       hoverlabel: {bgcolor: palette.page, bordercolor: palette.line, font: {color: palette.ink}},
     });
     return Plotly.react(element, traces, layout,
@@ -158,9 +195,11 @@ function draw() {
   })).then(() => { document.body.dataset.drawn = String(Date.now()); });
 }
 
-const link = document.getElementById("download");
-link.download = payload.file;
-link.href = URL.createObjectURL(new Blob([payload.csv], {type: "text/csv"}));
+for (const link of document.querySelectorAll("a[data-file]")) {
+  const name = link.dataset.file;
+  link.download = name + ".csv";
+  link.href = URL.createObjectURL(new Blob([payload.files[name]], {type: "text/csv"}));
+}
 dark.addEventListener("change", draw);
 narrow.addEventListener("change", draw);
 draw();

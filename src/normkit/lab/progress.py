@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from normkit.lab.studies import Findings
+from normkit.lab.study import Findings
 from normkit.lab.train import Report, Task
 
 _LINE_SECONDS = 5.0
@@ -66,7 +66,7 @@ def _numbers(report: Report) -> dict[str, float]:
 
 def _said(task: Task, report: Report) -> str:
     row = _numbers(report)
-    text = f"{task.arm.name:<10} seed {task.seed:<3} step {report.step:>6}/{task.config.steps}"
+    text = f"{task.arm.name:<16} seed {task.seed:<3} step {report.step:>6}/{task.config.steps}"
     if row:
         text += f"  loss {row['train_loss']:.4f}  accuracy {row['validation_accuracy']:.3f}"
     return text

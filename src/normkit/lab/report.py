@@ -6,76 +6,82 @@ import io
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
+from normkit.lab.arms import GRID, Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data
 from normkit.lab.page import SCRIPT, STYLE
 from normkit.lab.store import Run
-from normkit.lab.studies import Figure, Findings, Study
-from normkit.lab.train import Arm
+from normkit.lab.study import Figure, Findings, Study
 
-# A report stays under 8 MB: 5 of plotly, and at most this of raw numbers.
+# A report stays under 10 MB: 5 of plotly, at most this of raw numbers, and the figures.
 _MOST_CSV_BYTES = 2_000_000
 
 
-def page(
-    study: Study,
-    config: Config,
-    data: Data,
-    arms: Sequence[Arm],
-    runs: Sequence[Run],
-    findings: Findings,
-    versions: Sequence[Mapping[str, str]],
-) -> str:
-    """Return the report as HTML; every string of the user's is escaped."""
-    labels = {arm.name: arm.label for arm in arms}
-    command = shlex.join(config.command(study.name))
+@dataclass(frozen=True)
+class Section:
+    """One study that was done: what a report says of it. `seconds` is what this call took."""
+
+    study: Study
+    config: Config
+    data: Data
+    arms: Sequence[Arm]
+    runs: Sequence[Run]
+    findings: Findings
+    versions: Sequence[Mapping[str, str]]
+    seconds: float = 0.0
+
+
+def page(sections: Sequence[Section], skipped: Mapping[str, str] | None = None) -> str:
+    """Return the report as HTML; every string of the user's is escaped.
+
+    `skipped` maps the studies that were not done to the reasons.
+    """
+    many = len(sections) != 1 or bool(skipped)
+    first = sections[0]
+    most = _MOST_CSV_BYTES // len(sections)
     payload = {
         "figures": [
-            {"name": f.name, "traces": f.traces, "layout": f.layout} for f in findings.figures
+            {"name": f"{s.study.name}-{f.name}", "traces": f.traces, "layout": f.layout}
+            for s in sections
+            for f in s.findings.figures
         ],
-        "csv": raw_numbers(runs),
-        "file": f"{study.name}.csv",
+        "files": {s.study.name: raw_numbers(s.runs, most) for s in sections},
     }
-    sections = "".join(_figure(figure) for figure in findings.figures)
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in findings.notes)
+    what = "all studies" if many else first.study.name
+    named = f"{html.escape(first.data.name)} · {html.escape(first.config.model)}"
+    kicker = f'<p class="kicker">normkit study {"all" if many else what} · {named}</p>'
+    if many:
+        articles = "".join(
+            f'<article id="{s.study.name}" class="study">{_study(s, "h2")}</article>'
+            for s in sections
+        )
+        body = f"""<header>
+{kicker}
+<h1>What normalization does here</h1>
+<p class="source">{len(sections)} published claims, each tested on this data and network.</p>
+</header>
+{_overview(sections, skipped or {})}
+{articles}"""
+    else:
+        body = f"{kicker}{_study(first, 'h1')}"
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{html.escape(f"{study.name} on {data.name}")} · normkit</title>
+<title>{html.escape(f"{what} on {first.data.name}")} · normkit</title>
 <link rel="icon" href="data:,">
 <style>{STYLE}</style>
 </head>
 <body>
 <main>
-<header>
-<p class="kicker">normkit study {html.escape(study.name)} · {html.escape(data.name)} ·
-{html.escape(config.model)}</p>
-<h1>{html.escape(study.claim)}</h1>
-<p class="source">{html.escape(study.source)}</p>
-</header>
-<section class="verdicts" aria-label="Verdicts">{_verdicts(findings)}</section>
-{sections}
-<section>
-<h2>All arms</h2>
-{_table(findings)}
-<ul class="notes">{notes}</ul>
-</section>
-<section>
-<h2>Method</h2>
-<dl>{_method(config, data, labels, runs, versions)}</dl>
-</section>
-<section>
-<h2>Do it again</h2>
-<pre tabindex="0"><code>{html.escape(command)}</code></pre>
-<p><a id="download" class="button" href="#">Download the raw numbers (CSV)</a></p>
-</section>
+{body}
 </main>
 <script type="application/json" id="payload">{embedded(payload)}</script>
 <script>{get_plotlyjs()}</script>
@@ -85,13 +91,67 @@ def page(
 """
 
 
+def _overview(sections: Sequence[Section], skipped: Mapping[str, str]) -> str:
+    """Return the table of all claims and verdicts, which is the way into the page as well."""
+    rows = "".join(
+        f'<tr><th scope="row"><a href="#{s.study.name}">{s.study.name}</a></th>'
+        f"<td>{html.escape(v.claim)}</td>{_word_cell(v.word)}<td>{html.escape(v.because)}</td></tr>"
+        for s in sections
+        for v in s.findings.verdicts
+    )
+    left = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th><td>not done</td>{_word_cell("skipped")}'
+        f"<td>{html.escape(reason)}</td></tr>"
+        for name, reason in skipped.items()
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Study", "Claim", "Verdict", "Why"))
+    return (
+        '<nav aria-label="Claims and verdicts"><div class="scroll" tabindex="0" role="region" '
+        'aria-label="Table of claims and verdicts"><table class="overview">'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}{left}</tbody></table></div></nav>"
+    )
+
+
+def _word_cell(word: str) -> str:
+    kind = word.replace(" ", "-")
+    return f'<td class="{kind}"><span class="word">{html.escape(word)}</span></td>'
+
+
+def _study(section: Section, heading: str) -> str:
+    study, findings = section.study, section.findings
+    command = shlex.join(section.config.command(study.name))
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in findings.notes)
+    figures = "".join(_figure(study, figure) for figure in findings.figures)
+    return f"""<header>
+<{heading}>{html.escape(study.claim)}</{heading}>
+<p class="source">{html.escape(study.source)}</p>
+</header>
+<section class="verdicts" aria-label="Verdicts">{_verdicts(findings)}</section>
+{figures}
+<section>
+<h3>All arms</h3>
+{_table(findings)}
+<ul class="notes">{notes}</ul>
+</section>
+<section>
+<h3>Method</h3>
+<dl>{_method(section)}</dl>
+</section>
+<section>
+<h3>Do it again</h3>
+<pre tabindex="0"><code>{html.escape(command)}</code></pre>
+<p><a class="button" data-file="{study.name}" href="#">Download the raw numbers (CSV)</a></p>
+</section>
+"""
+
+
 def embedded(value: Any) -> str:
     """Return `value` as JSON that can stand inside a script element."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def raw_numbers(runs: Sequence[Run]) -> str:
+def raw_numbers(runs: Sequence[Run], most: int = _MOST_CSV_BYTES) -> str:
     """Return the curves of all runs as CSV, a line per evaluation, thinned where too long."""
     names = sorted({name for run in runs for name in run.curves})
     rows = []
@@ -104,7 +164,7 @@ def raw_numbers(runs: Sequence[Run]) -> str:
             shown = [by_step[step].get(name) for name in names]
             rows.append([run.arm, run.seed, step, run.status, run.test_accuracy, *shown])
     text = _csv(names, rows)
-    stride = -(-len(text) // _MOST_CSV_BYTES)
+    stride = -(-len(text) // most)
     return text if stride <= 1 else _csv(names, rows[::stride])
 
 
@@ -118,19 +178,20 @@ def _csv(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _verdicts(findings: Findings) -> str:
     return "".join(
-        f'<article class="verdict {v.word.replace(" ", "-")}"><h2>{html.escape(v.claim)} '
-        f'<span class="word">{html.escape(v.word)}</span></h2>'
-        f"<p>{html.escape(v.because)}</p></article>"
+        f'<div class="verdict {v.word.replace(" ", "-")}"><h3>{html.escape(v.claim)} '
+        f'<span class="word">{html.escape(v.word)}</span></h3>'
+        f"<p>{html.escape(v.because)}</p></div>"
         for v in findings.verdicts
     )
 
 
-def _figure(figure: Figure) -> str:
-    name = html.escape(figure.name)
+def _figure(study: Study, figure: Figure) -> str:
+    name = html.escape(f"{study.name}-{figure.name}")
+    alt = html.escape(figure.alt)
     return f"""<section>
-<h2>{html.escape(figure.title)}</h2>
+<h3>{html.escape(figure.title)}</h3>
 <figure id="figure-{name}">
-<div class="plot" id="plot-{name}" role="img" aria-label="{html.escape(figure.alt)}"></div>
+<div class="plot" id="plot-{name}" role="img" tabindex="0" aria-label="{alt}"></div>
 <figcaption>{html.escape(figure.caption)}</figcaption>
 </figure>
 </section>
@@ -151,35 +212,41 @@ def _table(findings: Findings) -> str:
     )
 
 
-def _method(
-    config: Config,
-    data: Data,
-    labels: Mapping[str, str],
-    runs: Sequence[Run],
-    versions: Sequence[Mapping[str, str]],
-) -> str:
+def _method(section: Section) -> str:
+    config, data = section.config, section.data
     shape = "×".join(map(str, data.train[0].shape[1:]))
-    made = "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in versions)
+    made = "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in section.versions)
+    rates = (
+        f"Every arm ran at its own rate and, tuned, at the best of {_factors()} times it, chosen "
+        "by the final validation accuracy of one run from a seed that no other run has."
+        if section.study.tuned
+        else "Every arm ran at its own rate."
+    )
     items = [
         (
             "Data",
             f"{data.name}: {len(data.train[0]):,} training, {len(data.validation[0]):,} validation "
             f"and {len(data.test[0]):,} test samples of shape {shape}, {data.classes} classes. "
             f"{data.rule[0].upper()}{data.rule[1:]}. Accuracy along the way is measured on at most "
-            "1,000 validation samples. Inputs are standardized by the training part.",
+            "1,000 validation samples. Inputs are standardized by the training part, where an arm "
+            "doesn't say otherwise.",
         ),
         (
             "Network",
-            f"{config.model}, {config.activation}; every arm starts from the same weights and sees "
-            "the same batches, paired by seed.",
+            f"{config.model}, {config.activation}, where an arm doesn't say otherwise; every arm "
+            "starts from the same weights and sees the same batches, paired by seed.",
         ),
         (
             "Training",
             f"{config.optimizer}, learning rate {config.lr:g} (times the arm's factor), batches of "
             f"{config.batch_size}, {config.steps:,} steps, measured every {config.eval_every}; "
-            f"{config.seeds} seeds; {len(runs)} runs of {len(labels)} arms; on {config.device}, "
-            f"{config.threads} thread{'s' * (config.threads > 1)} a run.",
+            f"{config.seeds} seeds; {len(section.runs)} runs of {len(section.arms)} arms; on "
+            f"{config.device}, {config.threads} thread{'s' * (config.threads > 1)} a run. {rates}",
         ),
         ("Versions", made),
     ]
     return "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in items)
+
+
+def _factors() -> str:
+    return ", ".join(f"{factor:g}" for factor in GRID)

@@ -1,29 +1,48 @@
-"""Run a study: load, resume, train, record, judge, report."""
+"""Run a study: load, resume, tune, train, record, judge, report."""
 
+import math
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from normkit.lab import engine
+from normkit.lab.arms import GRID, GRID_SEED, Arm
 from normkit.lab.config import Config
-from normkit.lab.data import load_data
+from normkit.lab.data import Data, load_data
 from normkit.lab.models import check
 from normkit.lab.progress import Progress
-from normkit.lab.report import page
-from normkit.lab.store import Store, write_file
-from normkit.lab.studies import Findings, Study
+from normkit.lab.report import Section, page
+from normkit.lab.store import Run, Store, write_file
+from normkit.lab.study import Evidence, Findings, Study
 from normkit.lab.train import Task
 from normkit.lab.user import fingerprint
+from normkit.lab.verdict import smoothed
 
 
-def run_study(study: Study, config: Config, progress: Progress) -> Findings:
-    """Train what is missing of `study` in the folder `config.out`, judge it, write the report.
+def run_study(study: Study, given: Config, progress: Progress) -> Findings:
+    """Do `study` in the folder `given.out`, write its report there, return what it found.
 
-    `config` must be resolved. Raises LabError for input that can't be used; what was trained up to
+    `given` is not resolved. Raises LabError for input that can't be used; what was trained up to
     then is kept, and the same call goes on from there.
     """
-    arms = study.chosen(config.arms)
+    section = done(study, given, progress)
+    path = Path(str(section.config.out)) / "report.html"
+    write_file(path, page([section]))
+    progress.result(section.findings, str(path))
+    return section.findings
+
+
+def done(study: Study, given: Config, progress: Progress) -> Section:
+    """Train what is missing of `study` in its folder and judge it: one section of a report.
+
+    Raises NotApplicable where the study can't be done with this data and model.
+    """
+    started = time.monotonic()
+    config = given.resolved(study.name, study.length)
     data = load_data(config)
-    check(config, data, sorted({arm.norm for arm in arms}))
+    arms = study.chosen(study.arms(config, data), config.arms)
+    check(data, [(arm, arm.applied(given, study.name, study.length)) for arm in arms])
     identity: dict[str, Any] = {
         "study": study.name,
         **config.identity(),
@@ -31,36 +50,95 @@ def run_study(study: Study, config: Config, progress: Progress) -> Findings:
     }
     if ":" in config.model:
         identity["model_sha256"] = fingerprint(config.model, "model")
-    folder = Path(str(config.out))
-    store = Store(folder, identity)
+    store = Store(Path(str(config.out)), identity)
     try:
+        trainer = _Trainer(study, given, data, store, progress)
+        seeds = range(config.seeds)
+        factors = {}
+        if study.tuned:
+            grid = [arm.at(factor) for arm in arms for factor in GRID]
+            tried = trainer.train((arm, GRID_SEED) for arm in grid)
+            factors = {arm.name: best_factor(tried, arm) for arm in arms}
+        moved = [arm.at(factors[arm.name]) for arm in arms if factors.get(arm.name, 1.0) != 1.0]
+        every = trainer.train((arm, seed) for seed in seeds for arm in [*arms, *moved])
+        runs = {arm.name: every[arm.name] for arm in arms}
+        tuned = {
+            name: runs[name] if factor == 1.0 else every[f"{name}@{factor:g}"]
+            for name, factor in factors.items()
+        }
+        findings = study.judge(Evidence(config, arms, runs, tuned, factors))
+        ended = [run for run in store.runs() if run.id in trainer.numbers]
+        return Section(
+            study,
+            config,
+            data,
+            arms,
+            ended,
+            findings,
+            store.versions(),
+            time.monotonic() - started,
+        )
+    finally:
+        store.close()
+
+
+class _Trainer:
+    """Trains runs that the store doesn't hold yet."""
+
+    def __init__(
+        self, study: Study, given: Config, data: Data, store: Store, progress: Progress
+    ) -> None:
+        self.study = study
+        self.given = given
+        self.data = data
+        self.store = store
+        self.progress = progress
+        self.numbers: set[int] = set()
+
+    def train(self, wanted: Iterable[tuple[Arm, int]]) -> dict[str, list[Run]]:
+        """Return the ended runs of the wanted arms and seeds, by arm name."""
+        study, given = self.study, self.given
         tasks = []
-        numbers = []
-        for seed in range(config.seeds):
-            for arm in arms:
-                run, checkpoint = store.add(arm, seed, config.identity())
-                numbers.append(run.id)
-                if run.status == "running":
-                    tasks.append(Task(run.id, arm, seed, config, checkpoint))
+        numbers = set()
+        for arm, seed in wanted:
+            config = arm.applied(given, study.name, study.length)
+            run, checkpoint = self.store.add(arm, seed, config.identity())
+            numbers.add(run.id)
+            if run.status == "running":
+                # The runs of the grid only choose a rate: nobody looks into them.
+                looks = (None, None) if seed == GRID_SEED else (study.probe, study.finish)
+                tasks.append(Task(run.id, arm, seed, config, checkpoint, *looks))
+        self.numbers |= numbers
         by_run = {task.run: task for task in tasks}
         if tasks:
-            progress.begin(tasks, len(numbers) - len(tasks))
-            reports = engine.run(tasks, data, int(config.jobs or 1))
+            jobs = int(given.resolved(study.name).jobs or 1)
+            self.progress.begin(tasks, len(numbers) - len(tasks))
+            reports = engine.run(tasks, self.data, jobs)
             try:
                 for report in reports:
-                    store.write(report)
-                    progress.update(by_run[report.run], report)
+                    self.store.write(report)
+                    self.progress.update(by_run[report.run], report)
             finally:
                 # Ends the workers, also when the store or the display raised.
                 reports.close()
-                progress.end()
-        wanted = set(numbers)
-        runs = [run for run in store.runs() if run.id in wanted]
-        by_arm = {arm.name: [run for run in runs if run.arm == arm.name] for arm in arms}
-        findings = study.judge(config, by_arm)
-        path = folder / "report.html"
-        write_file(path, page(study, config, data, arms, runs, findings, store.versions()))
-    finally:
-        store.close()
-    progress.result(findings, str(path))
-    return findings
+                self.progress.end()
+        by_arm: dict[str, list[Run]] = {}
+        for run in self.store.runs():
+            if run.id in numbers:
+                by_arm.setdefault(run.arm, []).append(run)
+        return by_arm
+
+
+def best_factor(tried: dict[str, Sequence[Run]] | dict[str, list[Run]], arm: Arm) -> float:
+    """Return the factor of the grid with the best smoothed final validation accuracy.
+
+    Of equals the one nearest to 1, then the smaller. A diverged run has accuracy 0.
+    """
+
+    def merit(factor: float) -> tuple[float, float, float]:
+        (run,) = tried[arm.at(factor).name]
+        curve = run.curves.get("validation_accuracy", ([], []))[1]
+        final = smoothed(curve)[-1] if run.status == "finished" and curve else 0.0
+        return round(final, 6), -abs(math.log(factor)), -factor
+
+    return max(GRID, key=merit)

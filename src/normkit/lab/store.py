@@ -7,13 +7,14 @@ import platform
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from normkit.lab.arms import Arm
 from normkit.lab.errors import LabError
-from normkit.lab.train import Arm, Report
+from normkit.lab.train import Report
 
 FILE = "results.sqlite"
 _SCHEMA = """
@@ -40,12 +41,20 @@ create table if not exists metric (
     value real,
     primary key (run, name, step)
 ) without rowid;
+create table if not exists found (
+    run integer primary key references run (id),
+    value text not null                       -- what the study found at the run's end, as JSON
+);
 """
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of one run; `curves` maps a measure's name to its steps and values."""
+    """What is known of one run.
+
+    `curves` maps a measure's name to its steps and values; `found` is what the study's `finish`
+    returned, empty for a run that has not finished.
+    """
 
     id: int
     arm: str
@@ -55,6 +64,7 @@ class Run:
     seconds: float
     test_accuracy: float | None
     curves: dict[str, tuple[list[int], list[float]]]
+    found: dict[str, Any] = field(default_factory=dict)
 
 
 class Store:
@@ -174,7 +184,12 @@ class Store:
                     "checkpoint_seconds = seconds where id = ?",
                     (report.checkpoint, report.run),
                 )
-            elif report.status != "running":
+            if report.found is not None:
+                database.execute(
+                    "insert or replace into found values (?, ?)",
+                    (report.run, json.dumps(report.found)),
+                )
+            if report.status != "running":
                 database.execute("update run set checkpoint = null where id = ?", (report.run,))
 
     def runs(self, number: int | None = None) -> Iterator[Run]:
@@ -194,7 +209,19 @@ class Store:
                 # SQLite keeps NaN as null.
                 values.append(float("nan") if value is None else value)
             run, arm, seed, status, step, seconds, accuracy = row
-            yield Run(run, arm, seed, status, step, seconds, accuracy, curves)
+            kept = self._database.execute("select value from found where run = ?", (run,))
+            found = kept.fetchone()
+            yield Run(
+                run,
+                arm,
+                seed,
+                status,
+                step,
+                seconds,
+                accuracy,
+                curves,
+                json.loads(found[0]) if found else {},
+            )
 
     def versions(self) -> list[dict[str, str]]:
         """Return the distinct sets of versions that made the runs."""

@@ -2,16 +2,19 @@
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normkit.lab.arms import Arm
+from normkit.lab.batches import Batches
 from normkit.lab.config import Config
-from normkit.lab.data import Data, Part
+from normkit.lab.data import Data, Part, scaled
 from normkit.lab.models import build, last_hidden
+from normkit.lab.probe import Probe, look
 
 # A run reports at most this often, so that writing the results costs the training nothing.
 _REPORT_SECONDS = 0.25
@@ -19,30 +22,23 @@ _REPORT_SECONDS = 0.25
 _CHECKPOINT_SECONDS = 1.0
 _CHECKPOINT_SHARE = 0.02
 _EVALUATION_BATCH = 500
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One of the networks that a study compares; all else is the same."""
-
-    name: str
-    label: str
-    norm: str = "none"
-    rate: float = 1.0
-    """The learning rate, as a multiple of the configuration's."""
-    other_seeds: bool = False
-    """Train from seeds that no other arm uses."""
+_PROBES = 10
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run to do: an arm with a seed, from a checkpoint if there is one."""
+    """One run to do: an arm with a seed, from a checkpoint if there is one.
+
+    `config` is the arm's own; `probe` and `finish` are the study's.
+    """
 
     run: int
     arm: Arm
     seed: int
     config: Config
     checkpoint: bytes | None = None
+    probe: Callable[[Probe], dict[str, float]] | None = None
+    finish: Callable[[Probe], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,8 @@ class Report:
     """What a run has to say: measurements by step, perhaps a checkpoint, at the end its outcome.
 
     `status` is "running", "finished" or "diverged"; `seconds` the training time since the last
-    report, evaluations apart; `test_accuracy` comes with "finished".
+    report, evaluations apart; `test_accuracy` and `found` (what the study's `finish` returned) come
+    with "finished".
     """
 
     run: int
@@ -60,6 +57,7 @@ class Report:
     status: str = "running"
     test_accuracy: float | None = None
     checkpoint: bytes | None = None
+    found: dict[str, Any] | None = None
 
 
 _OTHER_SEEDS = 1_000_000
@@ -70,14 +68,16 @@ def train(task: Task, data: Data) -> Iterator[Report]:
 
     Measured every `eval_every` steps: mean training loss since the last time, validation loss and
     accuracy (fractions), and the 15/50/85th percentiles of the first unit's input to the last
-    activation over the validation samples. Sets torch's global seed. The same task gives bitwise
-    the same numbers, whether or not it starts from one of its checkpoints.
+    activation over the validation samples. The study's probe adds its numbers at ten of those
+    steps. Sets torch's global seed. The same task gives bitwise the same numbers, whether or not it
+    starts from one of its checkpoints.
     """
     config, arm = task.config, task.arm
     assert config.steps is not None
     assert config.eval_every is not None
     seed = task.seed + (_OTHER_SEEDS if arm.other_seeds else 0)
-    model = build(config, data, arm.norm, seed)
+    data = scaled(data, config.inputs)
+    model = build(config, data, arm, seed)
     optimizer = make_optimizer(model, config, arm.rate)
     torch.manual_seed(seed)
     step = 0
@@ -85,6 +85,12 @@ def train(task: Task, data: Data) -> Iterator[Report]:
         step = _restore(task.checkpoint, model, optimizer)
 
     batches = Batches(data.train, config.batch_size, seed)
+
+    def here() -> Probe:
+        return Probe(model, optimizer, batches, step, data, config, arm, task.seed)
+
+    evaluations = -(-config.steps // config.eval_every)
+    probed = {-(-evaluations * part // _PROBES) for part in range(1, _PROBES + 1)}
     rows: dict[int, dict[str, float]] = {}
     seconds = 0.0
     reported = saved = time.perf_counter()
@@ -103,6 +109,8 @@ def train(task: Task, data: Data) -> Iterator[Report]:
         if diverged:
             yield Report(task.run, step, rows, seconds, "diverged")
             return
+        if task.probe is not None and -(-step // config.eval_every) in probed:
+            rows[step] |= look(task.probe, here())
         now = time.perf_counter()
         checkpoint = None
         if step < config.steps and now - saved > max(
@@ -115,7 +123,8 @@ def train(task: Task, data: Data) -> Iterator[Report]:
             yield Report(task.run, step, rows, seconds, checkpoint=checkpoint)
             rows, seconds, reported = {}, 0.0, now
     accuracy = score(model, data.test)[1]
-    yield Report(task.run, step, rows, seconds, "finished", accuracy)
+    found = look(task.finish, here()) if task.finish is not None else None
+    yield Report(task.run, step, rows, seconds, "finished", accuracy, found=found)
 
 
 def advance(
@@ -132,28 +141,6 @@ def advance(
         optimizer.step()
         losses.append(loss.detach())
     return losses
-
-
-class Batches:
-    """The batch of every step: one permutation an epoch, from the seed and the epoch alone."""
-
-    def __init__(self, part: Part, size: int, seed: int) -> None:
-        self.x, self.y = part
-        self.size = size
-        self.seed = seed
-        # A last batch of few samples would change what batch norm sees: it is left out.
-        self.per_epoch = len(self.x) // size
-        self.epoch = -1
-        self.order: tuple[Tensor, ...] = ()
-
-    def __getitem__(self, step: int) -> Part:
-        epoch, place = divmod(step, self.per_epoch)
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self.x), generator=generator).to(self.x.device)
-            self.order, self.epoch = order.split(self.size), epoch
-        index = self.order[place]
-        return self.x.index_select(0, index), self.y.index_select(0, index)
 
 
 def make_optimizer(model: nn.Module, config: Config, rate: float) -> torch.optim.Optimizer:

@@ -5,10 +5,17 @@ test (its ends are order statistics, by the binomial distribution). Six pairs ar
 reach 95 %: the interval from the smallest to the largest then covers 1 - 2 / 2**6 = 96.9 %; three
 would cover 75 %. Where there is no effect, a comparison is therefore called conclusive in at most
 1 of 20 studies (1 of 32 at six seeds), whatever the distribution of the steps.
+
+Many comparisons. A claim that needs several effects at once ("every", "both") holds when all of
+them do (`all_of`) and needs no correction: it is wrong at most as often as one of them. Where any
+of several may be picked out, as in a table of arms, no sign test at six seeds could survive a
+correction; there the paired t test stands in, corrected by Holm's method over the table
+(`compare`). It takes the differences for roughly normal, which the tests try with skewed and
+heavy-tailed ones.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +86,102 @@ def word(effect: Estimate, margin: float = 0.0) -> str:
     if effect.high < -margin:
         return "reversed"
     return "inconclusive"
+
+
+def negligible(effect: Estimate, margin: float) -> str:
+    """Return the verdict on an effect that the claim says is small.
+
+    "holds" when its whole interval lies within `margin` of zero, "reversed" when it lies beyond,
+    "range only" for fewer than six pairs, else "inconclusive".
+    """
+    if effect.is_range:
+        return "range only"
+    if -margin < effect.low and effect.high < margin:
+        return "holds"
+    if effect.low > margin or effect.high < -margin:
+        return "reversed"
+    return "inconclusive"
+
+
+def all_of(words: Sequence[str]) -> str:
+    """Return the verdict on a claim of several parts: the word that all of them have.
+
+    Parts of different words are "inconclusive", "range only" with too few seeds.
+    """
+    if "range only" in words:
+        return "range only"
+    return words[0] if len(set(words)) == 1 else "inconclusive"
+
+
+def seeds_to_settle(values: Sequence[float], margin: float = 0.0) -> int | None:
+    """Return how many seeds would give an interval on one side of `margin`, or of its negative.
+
+    Supposes that further seeds fall on the same side as often as these do, (k + 1/2) / (n + 1) for
+    k of n on the fuller side, and asks for 80 % power of the sign test. None for more than 1,000.
+    """
+    n = len(values)
+    above, below = sum(v > margin for v in values), sum(v < -margin for v in values)
+    share = (max(above, below) + 0.5) / (n + 1)
+    counts = np.arange(max(n + 1, FEWEST), 1001)
+    # The fewest on one side that the two-sided sign test calls conclusive.
+    needed = stats.binom.isf((1 - CONFIDENCE) / 2, counts, 0.5) + 1
+    enough = counts[stats.binom.sf(needed - 1, counts, share) >= 0.8]
+    return int(enough[0]) if len(enough) else None
+
+
+def settled_by(values: Sequence[float], margin: float = 0.0) -> str:
+    """Return `seeds_to_settle` as the end of an inconclusive verdict's sentence."""
+    n = seeds_to_settle(values, margin)
+    if n is None:
+        return " Effects like these would not be settled by 1,000 seeds."
+    return f" If further seeds fall like these, about {n} would settle it."
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One of a family of paired comparisons: the verdict's word, and its p value after Holm."""
+
+    word: str
+    p: float
+    effect: Estimate
+
+
+def compare(family: Mapping[str, Sequence[float]], margin: float = 0.0) -> dict[str, Comparison]:
+    """Return the verdict on each of a family of paired effects, of which any may be picked out.
+
+    Each is "holds" where its mean is above `margin` by a paired t test at 5 %, two-sided and
+    corrected by Holm over the family, "reversed" where it is below `-margin` likewise. Effects must
+    be finite. Effects that are all the same have a p value of 0, or 1 within the margin.
+    """
+    raw = {name: _t_test(values, margin) for name, values in family.items()}
+    corrected: dict[str, float] = {}
+    largest = 0.0
+    for place, name in enumerate(sorted(raw, key=lambda name: raw[name])):
+        largest = max(largest, min(1.0, raw[name] * (len(raw) - place)))
+        corrected[name] = largest
+    return {
+        name: Comparison(_called(values, corrected[name]), corrected[name], estimate(values))
+        for name, values in family.items()
+    }
+
+
+def _t_test(values: Sequence[float], margin: float) -> float:
+    array = np.asarray(values, dtype=np.float64)
+    beyond = abs(float(array.mean())) - margin
+    if len(array) < 2 or beyond <= 0:
+        return 1.0
+    deviation = float(array.std(ddof=1))
+    if deviation <= 1e-12 * abs(float(array.mean())):
+        return 0.0
+    return float(2 * stats.t.sf(beyond / (deviation / len(array) ** 0.5), len(array) - 1))
+
+
+def _called(values: Sequence[float], p: float) -> str:
+    if len(values) < FEWEST:
+        return "range only"
+    if p > 1 - CONFIDENCE:
+        return "inconclusive"
+    return "holds" if np.mean(values) > 0 else "reversed"
 
 
 def smoothed(accuracy: Sequence[float]) -> list[float]:
