@@ -101,9 +101,12 @@ def _parser() -> argparse.ArgumentParser:
         "again goes on where it was stopped.",
         allow_abbrev=False,
     )
-    study.add_argument("study", nargs="?", help="which study; see --list")
+    study.add_argument("study", nargs="?", help="which study, or all; see --list")
     study.add_argument("--list", action="store_true", help="show the studies")
     study.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of these options")
+    study.add_argument(
+        "--budget", metavar="TIME", help="with all: do what fits into this time, as 20m or 1h30m"
+    )
     study.add_argument("--json", action="store_true", help="one JSON object a line, for machines")
     add = study.add_argument
     add("--data", help="digits, wine, breast-cancer, fashion-mnist, file.npz or module:function")
@@ -209,6 +212,7 @@ def _study(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from normkit.lab.config import Config, read_toml
     from normkit.lab.errors import LabError, unknown
+    from normkit.lab.plan import run_all, seconds
     from normkit.lab.progress import progress_for
     from normkit.lab.run import run_study
     from normkit.lab.studies import all_studies
@@ -219,9 +223,11 @@ def _run(options: argparse.Namespace) -> int:
             print(f"{study.name}: {study.claim}\n    {study.source}")
         return 0
     if options.study is None:
-        raise LabError(f"no study named; one of: {', '.join(studies)}")
-    if options.study not in studies:
-        raise unknown("study", options.study, studies)
+        raise LabError(f"no study named; all, or one of: {', '.join(studies)}")
+    if options.study not in ("all", *studies):
+        raise unknown("study", options.study, ["all", *studies])
+    if options.budget is not None and options.study != "all":
+        raise LabError("--budget is for `normkit study all`, which chooses the studies that fit")
     values = read_toml(options.config) if options.config else {}
     for field in dataclasses.fields(Config):
         given = getattr(options, field.name)
@@ -229,6 +235,13 @@ def _run(options: argparse.Namespace) -> int:
             values[field.name] = given
     given = Config(**values)
     progress = progress_for(options.json)
+    if options.study == "all":
+        budget = None if options.budget is None else seconds(options.budget)
+        if not options.json:
+            tail = [] if options.budget is None else ["--budget", options.budget]
+            print(shlex.join(given.resolved("all").command("all") + tail), flush=True)
+        run_all(studies, given, budget, progress)
+        return 0
     study = studies[options.study]
     config = given.resolved(study.name, study.length)
     if not options.json:

@@ -18,9 +18,11 @@ class Arm:
     """One of the networks that a study compares; all else is the same.
 
     `rate` multiplies the configuration's learning rate. `other_seeds` trains from seeds that no
-    other arm uses. `fixed` names parameters of the norms ("weight", "bias") that stay at their
-    first values. `options` are fields of the configuration that differ in this arm; an arm with
-    another batch size sees as many samples as the others, in more or fewer steps.
+    other arm uses. `norm` is a name of `normkit.create`, "group" for at most eight groups, or one
+    of `normkit.lab.models.REPARAMETRIZATIONS`; `arguments` go to the norm's constructor. `fixed`
+    names parameters of the norms ("weight", "bias") that stay at their first values. `options` are
+    fields of the configuration that differ in this arm; an arm with another batch size sees as many
+    samples as the others, in more or fewer steps.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Arm:
     norm: str = "none"
     rate: float = 1.0
     other_seeds: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ user's function that takes no `norm=` returns a network with norms, and an arm's
 import inspect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from normkit.lab.config import Config
 from normkit.lab.data import Data
 from normkit.lab.errors import LabError
 from normkit.lab.user import call, load
+from normkit.parametrizations import spectral_norm, weight_norm, weight_standardization
+from normkit.tools.build import group_count
+from normkit.tools.norms import is_norm
 from normkit.tools.swap import swap
 
 NormFactory = Callable[[int], nn.Module]
@@ -26,19 +30,24 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "relu": nn.ReLU,
 }
+REPARAMETRIZATIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight": weight_norm,
+    "spectral": spectral_norm,
+    "weight-standardization": weight_standardization,
+}
+"""What normalizes weights rather than features: of every layer but the last."""
+_GROUPS = 8
 _LAST_ACTIVATION = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU)
 
 
 def norm_factory(arm: Arm) -> NormFactory | None:
-    """Return what makes the arm's norms: one of `normkit.create`'s, its fixed parameters fixed.
-
-    None for `none`.
-    """
-    if arm.norm == "none":
+    """Return what makes the arm's norms, their fixed parameters fixed; None where it has none."""
+    if arm.norm == "none" or arm.norm in REPARAMETRIZATIONS:
         return None
 
     def norm(features: int) -> nn.Module:
-        layer = create(arm.norm, features)
+        name = f"group:{group_count(features, _GROUPS)}" if arm.norm == "group" else arm.norm
+        layer = create(name, features, **arm.arguments)
         for name in arm.fixed:
             getattr(layer, name).requires_grad_(False)
         return layer
@@ -56,6 +65,9 @@ def build(config: Config, data: Data, arm: Arm, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _construct(config, shape, data.classes, factory)
+        if arm.norm in REPARAMETRIZATIONS:
+            for layer in list(layers(model).values())[:-1]:
+                REPARAMETRIZATIONS[arm.norm](layer)
     return model.to(config.device)
 
 
@@ -76,18 +88,18 @@ def check(data: Data, arms: Sequence[tuple[Arm, Config]]) -> None:
                 f"model {config.model!r} returned {got} for inputs {tuple(x.shape)}; "
                 f"it must return class scores of shape {(len(x), data.classes)}"
             )
-        layer = None if arm.norm == "none" else NORMS[arm.norm.partition(":")[0]].layer
+        kind = arm.norm.partition(":")[0]
+        layer = NORMS[kind].layer if kind in NORMS else None
         if layer is not None and not any(isinstance(m, layer) for m in model.modules()):
             raise LabError(
                 f"model {config.model!r} has no normalization layers though norm= was given; "
                 "build them in it with norm(features) wherever it is not None"
             )
-        found = [
-            m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
-        ]
+        if arm.norm in REPARAMETRIZATIONS:
+            continue
+        found = [cast(Tensor, layer.weight) for layer in layers(model).values()]
         # Networks with another activation start from weights of another scale.
-        kind = str(config.activation)
-        first = weights.setdefault(kind, found)
+        first = weights.setdefault(str(config.activation), found)
         if len(first) != len(found) or not all(map(torch.equal, first, found)):
             raise LabError(
                 f"model {config.model!r} starts from different weights with and without norm=; "
@@ -98,8 +110,18 @@ def check(data: Data, arms: Sequence[tuple[Arm, Config]]) -> None:
 def last_hidden(model: nn.Module) -> nn.Module:
     """Return the module whose input is followed: the last activation, else the last layer."""
     activations = [m for m in model.modules() if isinstance(m, _LAST_ACTIVATION)]
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
-    return (activations or layers or [model])[-1]
+    return (activations or list(layers(model).values()) or [model])[-1]
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that hold weights to learn (linear, convolutions) by name, in order."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the norms by name, in order."""
+    return {name: module for name, module in model.named_modules() if is_norm(module)}
 
 
 def _construct(

@@ -64,12 +64,6 @@ def untouched(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
                 group.update(before)
 
 
-def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that hold weights to learn (linear and convolutions) by name, in order."""
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-
-
 def flat(tensors: Any) -> torch.Tensor:
     """Return all values of the tensors in one vector, zeros for a gradient that is None."""
     return torch.cat([tensor.detach().flatten() for tensor in tensors])

@@ -3,17 +3,29 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from normkit.lab.study import Findings
 from normkit.lab.train import Report, Task
+from normkit.lab.verdict import Verdict
 
 _LINE_SECONDS = 5.0
 
 
 class Progress(Protocol):
-    """What a study tells while it runs."""
+    """What a study tells while it runs; `plan`, `study` and `overview` are for many studies."""
+
+    def plan(self, studies: Sequence[tuple[str, float]], budget: float | None) -> None:
+        """These studies can be done, in about so many seconds each."""
+
+    def study(self, name: str) -> None:
+        """A study starts."""
+
+    def overview(
+        self, verdicts: Sequence[tuple[str, Verdict]], skipped: Mapping[str, str], report: str
+    ) -> None:
+        """All are done; `skipped` are those left out, with the reasons."""
 
     def begin(self, tasks: Sequence[Task], ended: int) -> None:
         """Training starts: `tasks` are to do, `ended` runs were done before."""
@@ -72,12 +84,52 @@ def _said(task: Task, report: Report) -> str:
     return text
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-class Lines:
+class _Words:
+    """What is said in a terminal and elsewhere alike."""
+
+    def plan(self, studies: Sequence[tuple[str, float]], budget: float | None) -> None:
+        """Say what is going to be done and how long it will take."""
+        whole = sum(seconds for _, seconds in studies)
+        within = "" if budget is None else f" of a budget of {duration(budget)}"
+        print(f"{len(studies)} studies, about {duration(whole)}{within}:", flush=True)
+        for name, seconds in studies:
+            print(f"    {name:<14} {duration(seconds)}", flush=True)
+
+    def study(self, name: str) -> None:
+        """Head a study's lines."""
+        print(f"\n{name}", flush=True)
+
+    def overview(
+        self, verdicts: Sequence[tuple[str, Verdict]], skipped: Mapping[str, str], report: str
+    ) -> None:
+        """Print the table of claims and verdicts."""
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+        table = Table("Study", "Claim", "Verdict", box=None, padding=(0, 1), header_style="bold")
+        for name, verdict in verdicts:
+            table.add_row(name, verdict.claim, verdict.word)
+        for name in skipped:
+            table.add_row(name, "", "skipped")
+        console.print()
+        console.print(table)
+        for name, reason in skipped.items():
+            console.print(f"{name}: {reason}", markup=False)
+        console.print(f"\nReport: {report}", markup=False, soft_wrap=True)
+
+    def result(self, findings: Findings, report: str) -> None:
+        """Print the table and the verdicts."""
+        _print_findings(findings, report)
+
+
+class Lines(_Words):
     """A line when a run ends, and one every few seconds between."""
 
     def begin(self, tasks: Sequence[Task], ended: int) -> None:
@@ -99,19 +151,15 @@ class Lines:
             state = f"  {report.status}" if over else ""
             print(
                 f"[{self.ended}/{self.total}] {_said(task, report)}{state}"
-                f"  {_duration(self.clock.left())} left",
+                f"  {duration(self.clock.left())} left",
                 flush=True,
             )
 
     def end(self) -> None:
         """Nothing to clear away."""
 
-    def result(self, findings: Findings, report: str) -> None:
-        """Print the table and the verdicts."""
-        _print_findings(findings, report)
 
-
-class Live:
+class Live(_Words):
     """A table that redraws itself: a bar for the whole, a line for each run in progress."""
 
     def begin(self, tasks: Sequence[Task], ended: int) -> None:
@@ -141,7 +189,7 @@ class Live:
             if report.status == "diverged":
                 self.display.console.print(f"{_said(task, report)}  diverged", highlight=False)
         done = sum(self.clock.at.values())
-        head = f"{self.ended} of {self.total} runs, {_duration(self.clock.left())} left"
+        head = f"{self.ended} of {self.total} runs, {duration(self.clock.left())} left"
         self.display.update(
             Group(
                 Text(head, style="bold"),
@@ -156,13 +204,26 @@ class Live:
             self.display.update("")
             self.display.stop()
 
-    def result(self, findings: Findings, report: str) -> None:
-        """Print the table and the verdicts."""
-        _print_findings(findings, report)
-
 
 class JsonLines:
-    """One JSON object a line: `begin`, `report`, `result`."""
+    """One JSON object a line: `begin`, `report`, `result`; `plan`, `study`, `overview` of many."""
+
+    def plan(self, studies: Sequence[tuple[str, float]], budget: float | None) -> None:
+        """Say what is going to be done and how long it will take."""
+        _json_line({"event": "plan", "seconds": dict(studies), "budget": budget})
+
+    def study(self, name: str) -> None:
+        """Say which study the next lines are of."""
+        _json_line({"event": "study", "study": name})
+
+    def overview(
+        self, verdicts: Sequence[tuple[str, Verdict]], skipped: Mapping[str, str], report: str
+    ) -> None:
+        """Print all verdicts."""
+        told = [{"study": name, **vars(verdict)} for name, verdict in verdicts]
+        _json_line(
+            {"event": "overview", "verdicts": told, "skipped": dict(skipped), "report": report}
+        )
 
     def begin(self, tasks: Sequence[Task], ended: int) -> None:
         """Say how much there is to do."""

@@ -16,7 +16,6 @@ from normkit.lab.arms import Arm
 from normkit.lab.errors import LabError
 from normkit.lab.train import Report
 
-FILE = "results.sqlite"
 _SCHEMA = """
 create table if not exists meta (key text primary key, value text not null);
 create table if not exists run (
@@ -74,6 +73,8 @@ class Store:
     results of another study, configuration or data.
     """
 
+    FILE = "results.sqlite"
+
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder
         with _disk_errors(folder):
@@ -89,7 +90,7 @@ class Store:
                     "or give another folder with --out"
                 ) from None
             with _disk_errors(folder):
-                self._database = sqlite3.connect(folder / FILE, isolation_level=None)
+                self._database = sqlite3.connect(folder / self.FILE, isolation_level=None)
                 self._database.execute("pragma journal_mode = wal")
                 self._database.execute("pragma synchronous = normal")
                 self._database.executescript(_SCHEMA)
@@ -101,10 +102,10 @@ class Store:
     @classmethod
     def reopen(cls, folder: Path) -> "Store":
         """Open a folder that has results, whatever they are of; raises LabError if it has none."""
-        if not (folder / FILE).is_file():
-            raise LabError(f"{folder} holds no {FILE}; run a study there first")
+        if not (folder / cls.FILE).is_file():
+            raise LabError(f"{folder} holds no {cls.FILE}; run a study there first")
         with _disk_errors(folder):
-            database = sqlite3.connect(folder / FILE)
+            database = sqlite3.connect(folder / cls.FILE)
             row = database.execute("select value from meta where key = 'identity'").fetchone()
             database.close()
         return cls(folder, json.loads(row[0]))

@@ -22,7 +22,8 @@ _REPORT_SECONDS = 0.25
 _CHECKPOINT_SECONDS = 1.0
 _CHECKPOINT_SHARE = 0.02
 _EVALUATION_BATCH = 500
-_PROBES = 10
+PROBES = 10
+"""How often a study's probe looks at a run."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def train(task: Task, data: Data) -> Iterator[Report]:
         return Probe(model, optimizer, batches, step, data, config, arm, task.seed)
 
     evaluations = -(-config.steps // config.eval_every)
-    probed = {-(-evaluations * part // _PROBES) for part in range(1, _PROBES + 1)}
+    probed = {-(-evaluations * part // PROBES) for part in range(1, PROBES + 1)}
     rows: dict[int, dict[str, float]] = {}
     seconds = 0.0
     reported = saved = time.perf_counter()
