@@ -109,7 +109,9 @@ def check(data: Data, arms: Sequence[tuple[Arm, Config]]) -> None:
 
 def last_hidden(model: nn.Module) -> nn.Module:
     """Return the module whose input is followed: the last activation, else the last layer."""
-    activations = [m for m in model.modules() if isinstance(m, _LAST_ACTIVATION)]
+    activations: list[nn.Module] = [
+        module for module in model.modules() if isinstance(module, _LAST_ACTIVATION)
+    ]
     return (activations or list(layers(model).values()) or [model])[-1]
 
 

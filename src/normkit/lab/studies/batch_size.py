@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.lab.arms import Arm
+from normkit.lab.arms import Arm, renorm_schedule
 from normkit.lab.config import Config
 from normkit.lab.data import Data
 from normkit.lab.figures import Axis, Interval, Line, intervals, panels
@@ -68,7 +68,7 @@ def arms(config: Config, data: Data) -> list[Arm]:
             f"{label}, batches of {size}",
             norm=f"ghost:{_GHOST}" if norm == "ghost" else norm,
             rate=size / config.batch_size,
-            arguments=_schedule(_samples(config) / size) if norm == "renorm" else {},
+            arguments=renorm_schedule(_samples(config) // size) if norm == "renorm" else {},
             options={"batch_size": size},
         )
         for norm, label in NORMS.items()
@@ -76,15 +76,6 @@ def arms(config: Config, data: Data) -> list[Arm]:
         # Smaller batches make one ghost: they are batch norm's own arms.
         if norm != "ghost" or size > _GHOST
     ]
-
-
-def _schedule(steps: float) -> dict[str, Any]:
-    """Return the limits of Ioffe 2017, opened over the same shares of the training as there."""
-    return {
-        "r_steps": (round(steps / 26), round(steps * 8 / 26)),
-        "d_steps": (round(steps / 26), round(steps * 5 / 26)),
-        "momentum": max(0.01, 20 / steps),
-    }
 
 
 def finish(at: Probe) -> dict[str, Any]:
