@@ -144,7 +144,7 @@ def panels(
                 traces.append(trace)
         left, right = _domain(place, len(shown))
         layout[f"xaxis{suffix}"] = {
-            **_axis(x, [v for line in present for v in line.x]),
+            **_axis(x, [v for line in present for v in line.x], most=3 if len(shown) > 2 else 6),
             "domain": [left, right],
             "nticks": 5,
         }
@@ -346,7 +346,7 @@ def _mark(mark: Mark) -> dict[str, Any]:
     }
 
 
-def _axis(axis: Axis, values: Sequence[float] = ()) -> dict[str, Any]:
+def _axis(axis: Axis, values: Sequence[float] = (), most: int = 12) -> dict[str, Any]:
     made: dict[str, Any] = {"title": {"text": axis.title}}
     if axis.format:
         made["tickformat"] = axis.format
@@ -358,16 +358,19 @@ def _axis(axis: Axis, values: Sequence[float] = ()) -> dict[str, Any]:
             edge = 0.02 * max(math.log10(last / first), 0.1)
             made |= {
                 "range": [math.log10(first) - edge, math.log10(last) + edge],
-                "tickvals": _ticks(first, last),
+                "tickvals": _ticks(first, last, most),
             }
     return made
 
 
-def _ticks(first: float, last: float) -> list[float]:
-    mantissas = (1, 2, 5) if last / first < 1e3 else (1,)
+def _ticks(first: float, last: float, most: int) -> list[float]:
     exponents = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
-    ticks = [float(f"{m}e{e}") for e in exponents for m in mantissas]
-    return [tick for tick in ticks if first * 0.999 <= tick <= last * 1.001]
+    for mantissas in ((1, 2, 5), (1,)):
+        ticks = [float(f"{m}e{e}") for e in exponents for m in mantissas]
+        ticks = [tick for tick in ticks if first * 0.999 <= tick <= last * 1.001]
+        if len(ticks) <= most:
+            break
+    return ticks[:: -(-len(ticks) // most)]
 
 
 def _level(value: float, text: str) -> dict[str, Any]:

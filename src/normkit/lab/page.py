@@ -29,7 +29,7 @@ a { color: inherit; }
 .study { margin-top: 96px; padding-top: 40px; border-top: 1px solid var(--line); }
 .overview td:nth-child(2) { min-width: 150px; } .overview td:nth-child(4) { min-width: 320px; }
 .overview td.holds, .overview td.reversed { border-color: var(--line); }
-.overview .word { float: none; font-weight: 600; white-space: nowrap; }
+.overview .word { font-weight: 600; }
 .source { margin: 0; color: var(--muted); font-size: 15px; }
 section { margin-top: 60px; }
 .verdicts { margin-top: 40px; display: grid; gap: 20px;
@@ -38,7 +38,8 @@ section { margin-top: 60px; }
   border-top: 3px solid var(--plain); }
 .verdict h3 { font-size: 17px; margin-bottom: 8px; }
 .verdict p { margin: 0; font-size: 15px; line-height: 1.55; }
-.word { float: right; color: var(--plain); }
+.verdict h3 { display: flex; justify-content: space-between; gap: 16px; }
+.word { color: var(--plain); white-space: nowrap; }
 .holds { border-color: var(--good); } .holds .word { color: var(--good); }
 .reversed { border-color: var(--bad); } .reversed .word { color: var(--bad); }
 figure { margin: 0; }
@@ -166,7 +167,7 @@ function draw() {
     }
     const entries = traces.filter((t) => t.meta === "line" && t.showlegend !== false).length;
     const rows = legend ? Math.ceil(entries / (narrow.matches ? 2 : 4)) : 0;
-    const bottom = 56 + 24 * rows;
+    const bottom = 60 + 24 * rows;
     const margin = {l: 56, r: ends ? 205 : 14, t: 30, b: bottom};
     const height = (layout.height || (panels > 1 ? 300 * panels : 420)) + 24 * rows;
     element.style.height = height + "px";
@@ -185,7 +186,7 @@ function draw() {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font, margin, height,
       hovermode: "closest", showlegend: legend,
       legend: {
-        orientation: "h", x: 0, y: -52 / (height - margin.t - bottom), yanchor: "top",
+        orientation: "h", x: 0, y: -58 / (height - margin.t - bottom), yanchor: "top",
         font: {color: palette.ink},
       },
       hoverlabel: {bgcolor: palette.page, bordercolor: palette.line, font: {color: palette.ink}},

@@ -61,6 +61,9 @@ ARMS = (
     Arm("spectral", "spectral norm", norm="spectral"),
     Arm("standardized", "weight standardization", norm="weight-standardization"),
 )
+_OFF_SCALE = 20.0
+# There are ten colours: the last arms share the first ones', and are dotted.
+_DOTTED = [arm.name for arm in ARMS[10:]]
 _COLOURS = {arm.name: (0, 1, 5, 3, 2, 8, 4, 9, 7, 6)[place % 10] for place, arm in enumerate(ARMS)}
 
 
@@ -265,13 +268,17 @@ def _gain_figure(evidence: Evidence, gains: Mapping[str, Sequence[float]]) -> Fi
         ),
         key=lambda row: -row.effect.median,
     )
+    # One arm that doesn't train would press all others into a point.
+    off = [row for row in rows if row.effect.high < -_OFF_SCALE or row.effect.low > _OFF_SCALE]
+    beyond = "; ".join(f"{row.label} ({row.effect.median:+.1f})" for row in off)
     return intervals(
         name="gains",
         title="Test accuracy against no norm",
         caption="Gain over the network without normalization, paired by seed, each arm at its "
-        f"tuned rate: median and 95 % interval of {evidence.config.seeds} seeds.",
+        f"tuned rate: median and 95 % interval of {evidence.config.seeds} seeds."
+        + (f" Off the scale: {beyond}." if off else ""),
         alt="; ".join(f"{row.label}: {row.effect.median:+.1f} points" for row in rows),
-        rows=rows,
+        rows=[row for row in rows if row not in off],
         x=Axis("gain in test accuracy, percentage points"),
         level=0.0,
     )
@@ -279,7 +286,14 @@ def _gain_figure(evidence: Evidence, gains: Mapping[str, Sequence[float]]) -> Fi
 
 def _curve_figure(evidence: Evidence, target: float) -> Figure:
     drawn = [
-        over_seeds(arm.label, _COLOURS[arm.name], evidence.tuned[arm.name], VALIDATION, smooth=1)
+        over_seeds(
+            arm.label,
+            _COLOURS[arm.name],
+            evidence.tuned[arm.name],
+            VALIDATION,
+            "dot" if arm.name in _DOTTED else "solid",
+            smooth=1,
+        )
         for arm in evidence.arms
     ]
     bare = [line and replace(line, low=None, high=None) for line in drawn]
