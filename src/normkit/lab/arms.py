@@ -60,11 +60,11 @@ def renorm_schedule(steps: int | None) -> dict[str, Any]:
     """Return batch renorm's arguments for a training of `steps` steps.
 
     The limits open over the same shares of the training as in Ioffe 2017 (5, 25 and 40 of 130
-    thousand steps). The momentum is 0.01, as there, or 20 / steps where that is more.
+    thousand steps). The momentum is 0.01, as there, or in a short training 20 / steps, at most 0.1.
     """
     assert steps is not None
     return {
         "r_steps": (round(steps / 26), round(steps * 8 / 26)),
         "d_steps": (round(steps / 26), round(steps * 5 / 26)),
-        "momentum": max(0.01, 20 / steps),
+        "momentum": min(0.1, max(0.01, 20 / steps)),
     }
