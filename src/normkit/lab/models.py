@@ -11,11 +11,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from normkit.factory import NORMS, create
 from normkit.lab.arms import Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data
 from normkit.lab.errors import LabError
+from normkit.lab.norms import create, layer_of
 from normkit.lab.user import call, load
 from normkit.tools.swap import swap
 
@@ -30,7 +30,7 @@ _LAST_ACTIVATION = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU
 
 
 def norm_factory(arm: Arm) -> NormFactory | None:
-    """Return what makes the arm's norms: one of `normkit.create`'s, its fixed parameters fixed.
+    """Return what makes the arm's norms: one of `norms.create`'s, its fixed parameters fixed.
 
     None for `none`.
     """
@@ -76,7 +76,7 @@ def check(data: Data, arms: Sequence[tuple[Arm, Config]]) -> None:
                 f"model {config.model!r} returned {got} for inputs {tuple(x.shape)}; "
                 f"it must return class scores of shape {(len(x), data.classes)}"
             )
-        layer = None if arm.norm == "none" else NORMS[arm.norm.partition(":")[0]].layer
+        layer = None if arm.norm == "none" else layer_of(arm.norm)
         if layer is not None and not any(isinstance(m, layer) for m in model.modules()):
             raise LabError(
                 f"model {config.model!r} has no normalization layers though norm= was given; "
