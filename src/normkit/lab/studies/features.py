@@ -64,7 +64,7 @@ ARMS = (
     Arm("raw", "raw", options={"inputs": "raw"}),
     Arm("min-max", "min-max scaled", options={"inputs": "min-max"}),
     Arm("whitened", "whitened", options={"inputs": "whitened"}),
-    Arm("raw-batch", "raw, with batch norm", norm="batch", options={"inputs": "raw"}),
+    Arm("raw-batch", "raw, batch norm", norm="batch", options={"inputs": "raw"}),
 )
 COLOURS = {"standardized": 0, "raw": 5, "min-max": 4, "whitened": 2, "raw-batch": 1}
 GRID = (1e-4, 1e-3, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -303,8 +303,8 @@ def _fewer_steps(
         estimate([tested(run) for run in runs[name]]).median for name in ("raw", "standardized")
     ]
     text = (
-        f"At the best rates raw inputs took a median of {count(raw)} steps to {target:.1%}, "
-        f"standardized ones {count(standard)}: {said(effect, times, '×')} as many. At one rate, "
+        f"Median steps to {target:.1%} at the best rates: raw {count(raw)}, standardized "
+        f"{count(standard)}: {said(effect, times, '×')} as many with raw inputs. At one rate, "
         f"{config.lr:g}, they end at {accuracy[0]:.1%} and {accuracy[1]:.1%} test accuracy."
     )
     if outcome == "inconclusive":
@@ -442,7 +442,7 @@ def _figures(
     for arm in present:
         colour = COLOURS[arm.name]
         rate = config.lr * evidence.factors.get(arm.name, 1.0)
-        label = f"{arm.label}, rate {rate:g}"
+        label = f"{arm.label}, {rate:g}"
         drawn.append(over_seeds(label, colour, tuned[arm.name], VALIDATION, smooth=1))
         first = estimate(list(reached[arm.name].values())).median
         words.append(f"{arm.label} {count(first)}")
@@ -454,7 +454,8 @@ def _figures(
         name="accuracy",
         title="Validation accuracy, each arm at its best rate",
         caption=f"Median over {n} seeds, smoothed over five evaluations; the band spans all seeds. "
-        f"A dot is the median of the steps after which an arm reaches {target:.1%}.",
+        f"A dot is the median of the steps after which an arm reaches {target:.1%}. The number "
+        "behind a name is its learning rate.",
         alt=f"Validation accuracy against training steps. Steps to {target:.1%}: "
         f"{', '.join(words)}.",
         drawn=drawn,
@@ -493,7 +494,8 @@ def _figures(
             f"the raw data's widest feature (number {wide}) moves by that much, with a random sign "
             f"a unit; upwards, that of feature {middle}, whose deviation is the middle one. Both "
             "in units of 1 / root mean square of the widest feature as it is fed, which moves a "
-            "unit's input by about 1. Stripes: one rate can't suit both weights.",
+            "unit's input by about 1. Stripes: one rate can't suit both weights. One even "
+            "colour: a plateau, since saturated units don't follow their weights.",
             alt="Contours of the training loss around the trained weights, for "
             f"{' and '.join(arm.label for arm, _ in planes)} inputs.",
             shown=[(f"{arm.label} inputs", p["at"], p["at"], p["loss"]) for arm, p in planes],

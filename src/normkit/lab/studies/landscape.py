@@ -62,8 +62,8 @@ from normkit.lab.verdict import Estimate, Verdict, all_of, estimate, settled_by,
 ARMS = (
     Arm("none", "no norm"),
     Arm("batch", "batch norm", norm="batch"),
-    Arm("noisy", "batch norm with noise", norm="noisy"),
-    Arm("detached", "batch norm, statistics detached", norm="detached"),
+    Arm("noisy", "noisy batch norm", norm="noisy"),
+    Arm("detached", "detached batch norm", norm="detached"),
 )
 COLOURS = {"none": 0, "batch": 1, "noisy": 3, "detached": 5}
 MULTIPLES = tuple(k / 2 for k in range(1, 9))
@@ -94,8 +94,7 @@ def probe(at: Probe) -> dict[str, float]:
     """Return what is seen along the step, and each layer's internal covariate shift."""
     with untouched(at.model, at.optimizer):
         seen = along_the_step(at)
-    with untouched(at.model, at.optimizer):
-        return seen | covariate_shift(at)
+    return seen | covariate_shift(at)
 
 
 def along_the_step(at: Probe) -> dict[str, float]:
