@@ -25,6 +25,8 @@ that goes down to 1e-4 of it, since raw inputs can need so little. The rule look
 Where all features come in one range (an image is scaled by channel), raw inputs differ from
 standardized ones by one shift and one scale, and the study says that it can't speak of unequal
 ranges.
+
+History: fixed before the first study.
 """
 
 import functools
@@ -495,7 +497,7 @@ def _figures(
             f"a unit; upwards, that of feature {middle}, whose deviation is the middle one. Both "
             "in units of 1 / root mean square of the widest feature as it is fed, which moves a "
             "unit's input by about 1. Stripes: one rate can't suit both weights. One even "
-            "colour: a plateau, since saturated units don't follow their weights.",
+            "colour: these weights hardly matter there, as where units are saturated.",
             alt="Contours of the training loss around the trained weights, for "
             f"{' and '.join(arm.label for arm, _ in planes)} inputs.",
             shown=[(f"{arm.label} inputs", p["at"], p["at"], p["loss"]) for arm, p in planes],
