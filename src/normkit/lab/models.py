@@ -12,11 +12,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from normkit.factory import NORMS, create
 from normkit.lab.arms import Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data
 from normkit.lab.errors import LabError
+from normkit.lab.norms import create, layer_of
 from normkit.lab.user import call, load
 from normkit.parametrizations import spectral_norm, weight_norm, weight_standardization
 from normkit.tools.build import group_count
@@ -88,8 +88,8 @@ def check(data: Data, arms: Sequence[tuple[Arm, Config]]) -> None:
                 f"model {config.model!r} returned {got} for inputs {tuple(x.shape)}; "
                 f"it must return class scores of shape {(len(x), data.classes)}"
             )
-        kind = arm.norm.partition(":")[0]
-        layer = NORMS[kind].layer if kind in NORMS else None
+        bare = arm.norm == "none" or arm.norm in REPARAMETRIZATIONS
+        layer = None if bare else layer_of(arm.norm)
         if layer is not None and not any(isinstance(m, layer) for m in model.modules()):
             raise LabError(
                 f"model {config.model!r} has no normalization layers though norm= was given; "

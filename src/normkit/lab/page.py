@@ -167,7 +167,7 @@ function draw() {
     }
     const entries = traces.filter((t) => t.meta === "line" && t.showlegend !== false).length;
     const rows = legend ? Math.ceil(entries / (narrow.matches ? 2 : 4)) : 0;
-    const bottom = 60 + 24 * rows;
+    const bottom = (legend ? 68 : 56) + 24 * rows;
     const margin = {l: 56, r: ends ? 205 : 14, t: 30, b: bottom};
     const height = (layout.height || (panels > 1 ? 300 * panels : 420)) + 24 * rows;
     element.style.height = height + "px";
@@ -186,7 +186,7 @@ function draw() {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font, margin, height,
       hovermode: "closest", showlegend: legend,
       legend: {
-        orientation: "h", x: 0, y: -58 / (height - margin.t - bottom), yanchor: "top",
+        orientation: "h", x: 0, y: -64 / (height - margin.t - bottom), yanchor: "top",
         font: {color: palette.ink},
       },
       hoverlabel: {bgcolor: palette.page, bordercolor: palette.line, font: {color: palette.ink}},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from normkit.lab.arms import GRID, GRID_SEED, Arm
+from normkit.lab.arms import GRID_SEED, Arm
 from normkit.lab.batches import Batches
 from normkit.lab.config import Config
 from normkit.lab.data import Data, load_data, scaled
@@ -21,7 +21,7 @@ from normkit.lab.report import Section, page
 from normkit.lab.run import done
 from normkit.lab.store import Store, write_file
 from normkit.lab.study import NotApplicable, Study
-from normkit.lab.train import PROBES, advance, make_optimizer, measure
+from normkit.lab.train import advance, make_optimizer, measure
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 # A process that trains starts within about this long.
@@ -128,7 +128,7 @@ def _needed(study: Study, given: Config) -> float:
         total += missing * (run + probe)
         stages = max(stages, int(missing > 0))
         if study.tuned:
-            grid = sum((arm.at(factor).name, GRID_SEED) not in ended for factor in GRID)
+            grid = sum((arm.at(factor).name, GRID_SEED) not in ended for factor in study.grid)
             # The arms that will move to another rate aren't known yet: as many again.
             total += grid * run + missing * (run + probe)
             stages = max(stages, 2 * int(grid > 0))
@@ -161,7 +161,7 @@ def _pace(study: Study, arm: Arm, config: Config, data: Data) -> tuple[float, fl
             evaluation = _timed(lambda: measure(model, own.validation))
             at = Probe(model, optimizer, batches, 1, own, config, arm, 0)
             looks = 0.0
-            for probe, times in ((study.probe, PROBES), (study.finish, 1)):
+            for probe, times in ((study.probe, study.probes), (study.finish, 1)):
                 if probe is not None:
                     began = time.perf_counter()
                     look(probe, at)

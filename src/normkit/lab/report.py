@@ -11,7 +11,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
-from normkit.lab.arms import GRID, Arm
+from normkit.lab.arms import Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data
 from normkit.lab.page import SCRIPT, STYLE
@@ -217,8 +217,8 @@ def _method(section: Section) -> str:
     shape = "×".join(map(str, data.train[0].shape[1:]))
     made = "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in section.versions)
     rates = (
-        f"Every arm ran at its own rate and, tuned, at the best of {_factors()} times it, chosen "
-        "by the final validation accuracy of one run from a seed that no other run has."
+        f"Every arm ran at its own rate and, tuned, at the best of {_factors(section.study)} times "
+        "it, chosen by the final validation accuracy of one run from a seed that no other run has."
         if section.study.tuned
         else "Every arm ran at its own rate."
     )
@@ -248,5 +248,5 @@ def _method(section: Section) -> str:
     return "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in items)
 
 
-def _factors() -> str:
-    return ", ".join(f"{factor:g}" for factor in GRID)
+def _factors(study: Study) -> str:
+    return ", ".join(f"{factor:g}" for factor in study.grid)

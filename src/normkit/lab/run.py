@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from normkit.lab import engine
-from normkit.lab.arms import GRID, GRID_SEED, Arm
+from normkit.lab.arms import GRID_SEED, Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data, load_data
 from normkit.lab.models import check
@@ -56,9 +56,9 @@ def done(study: Study, given: Config, progress: Progress) -> Section:
         seeds = range(config.seeds)
         factors = {}
         if study.tuned:
-            grid = [arm.at(factor) for arm in arms for factor in GRID]
+            grid = [arm.at(factor) for arm in arms for factor in study.grid]
             tried = trainer.train((arm, GRID_SEED) for arm in grid)
-            factors = {arm.name: best_factor(tried, arm) for arm in arms}
+            factors = {arm.name: best_factor(tried, arm, study.grid) for arm in arms}
         moved = [arm.at(factors[arm.name]) for arm in arms if factors.get(arm.name, 1.0) != 1.0]
         every = trainer.train((arm, seed) for seed in seeds for arm in [*arms, *moved])
         runs = {arm.name: every[arm.name] for arm in arms}
@@ -107,7 +107,7 @@ class _Trainer:
             if run.status == "running":
                 # The runs of the grid only choose a rate: nobody looks into them.
                 looks = (None, None) if seed == GRID_SEED else (study.probe, study.finish)
-                tasks.append(Task(run.id, arm, seed, config, checkpoint, *looks))
+                tasks.append(Task(run.id, arm, seed, config, checkpoint, *looks, study.probes))
         self.numbers |= numbers
         by_run = {task.run: task for task in tasks}
         if tasks:
@@ -129,7 +129,9 @@ class _Trainer:
         return by_arm
 
 
-def best_factor(tried: dict[str, Sequence[Run]] | dict[str, list[Run]], arm: Arm) -> float:
+def best_factor(
+    tried: dict[str, Sequence[Run]] | dict[str, list[Run]], arm: Arm, grid: Sequence[float]
+) -> float:
     """Return the factor of the grid with the best smoothed final validation accuracy.
 
     Of equals the one nearest to 1, then the smaller. A diverged run has accuracy 0.
@@ -141,4 +143,4 @@ def best_factor(tried: dict[str, Sequence[Run]] | dict[str, list[Run]], arm: Arm
         final = smoothed(curve)[-1] if run.status == "finished" and curve else 0.0
         return round(final, 6), -abs(math.log(factor)), -factor
 
-    return max(GRID, key=merit)
+    return max(grid, key=merit)

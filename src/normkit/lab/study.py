@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from normkit.lab.arms import Arm
+from normkit.lab.arms import GRID, Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data
 from normkit.lab.errors import LabError, unknown
@@ -66,10 +66,11 @@ class Study:
 
     `arms` gives the arms for a configuration and data; the first is the baseline. It raises
     NotApplicable where the study can't be done. `judge` turns the ended runs into findings.
-    `probe` is called ten times along each run and returns numbers, kept as curves; `finish` once at
-    the end of a run that didn't diverge, and returns what can be written as JSON, kept in
+    `probe` is called `probes` times along each run and returns numbers, kept as curves; `finish`
+    once at the end of a run that didn't diverge, and returns what can be written as JSON, kept in
     `Run.found`. What they change in the model, the optimizer or the random state is put back.
-    `tuned` says that every arm is run at its own rate and, once more, at the best rate of a grid.
+    `tuned` says that every arm is run at its own rate and, once more, at the best of `grid` times
+    it.
     `length` is how long it trains by default, as a share of the network's default.
     """
 
@@ -80,7 +81,9 @@ class Study:
     judge: Callable[[Evidence], Findings]
     probe: Callable[[Probe], dict[str, float]] | None = None
     finish: Callable[[Probe], dict[str, Any]] | None = None
+    probes: int = 10
     tuned: bool = False
+    grid: tuple[float, ...] = GRID
     length: float = 1.0
 
     def chosen(self, arms: Sequence[Arm], names: str | None) -> list[Arm]:

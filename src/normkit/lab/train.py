@@ -22,15 +22,13 @@ _REPORT_SECONDS = 0.25
 _CHECKPOINT_SECONDS = 1.0
 _CHECKPOINT_SHARE = 0.02
 _EVALUATION_BATCH = 500
-PROBES = 10
-"""How often a study's probe looks at a run."""
 
 
 @dataclass(frozen=True)
 class Task:
     """One run to do: an arm with a seed, from a checkpoint if there is one.
 
-    `config` is the arm's own; `probe` and `finish` are the study's.
+    `config` is the arm's own; `probe`, `probes` and `finish` are the study's.
     """
 
     run: int
@@ -40,6 +38,7 @@ class Task:
     checkpoint: bytes | None = None
     probe: Callable[[Probe], dict[str, float]] | None = None
     finish: Callable[[Probe], dict[str, Any]] | None = None
+    probes: int = 10
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,9 @@ def train(task: Task, data: Data) -> Iterator[Report]:
 
     Measured every `eval_every` steps: mean training loss since the last time, validation loss and
     accuracy (fractions), and the 15/50/85th percentiles of the first unit's input to the last
-    activation over the validation samples. The study's probe adds its numbers at ten of those
-    steps. Sets torch's global seed. The same task gives bitwise the same numbers, whether or not it
-    starts from one of its checkpoints.
+    activation over the validation samples. The study's probe adds its numbers at `probes` of
+    those steps. Sets torch's global seed. The same task gives bitwise the same numbers, whether or
+    not it starts from one of its checkpoints.
     """
     config, arm = task.config, task.arm
     assert config.steps is not None
@@ -91,7 +90,7 @@ def train(task: Task, data: Data) -> Iterator[Report]:
         return Probe(model, optimizer, batches, step, data, config, arm, task.seed)
 
     evaluations = -(-config.steps // config.eval_every)
-    probed = {-(-evaluations * part // PROBES) for part in range(1, PROBES + 1)}
+    probed = {-(-evaluations * part // task.probes) for part in range(1, task.probes + 1)}
     rows: dict[int, dict[str, float]] = {}
     seconds = 0.0
     reported = saved = time.perf_counter()
