@@ -22,6 +22,8 @@ from .cpu import DTYPES, _dense, _dense_affine, _like
 from .triton_plan import WARPS_PER_SM, _power, covers, geometry, launch, shared
 
 DEVICE = "cuda"
+FUSION = {"enable_fp_fusion": True}
+"""Fused multiply-adds, said outright: Triton is about to change what it does unasked."""
 OLDEST = (8, 0)
 """The compute capability from which the kernels are compiled and checked."""
 
@@ -202,6 +204,7 @@ class _Call:
             B=at.b,
             T=_type(self.dtype),
             num_warps=at.warps,
+            **FUSION,
             **constants,
         )
 
@@ -215,6 +218,7 @@ def _merge(call: _Call, parts: Tensor, mean: Tensor, rstd: Tensor, var: Tensor) 
         *(parts, mean, rstd, var, chunks, indices, g.pools, g.group),
         *(spec.eps, spec.center, a, b, _type(call.dtype)),
         num_warps=4,
+        **FUSION,
     )
 
 
@@ -224,7 +228,9 @@ def _fold(call: _Call, parts: Tensor, entries: int, group: int = 1) -> Tensor:
     out = parts.new_empty((planes, entries))
     a, b = _table(rows, entries)
     _kernels().fold[(-(-entries // b), planes)](
-        *(parts, out, rows, indices, entries, group, a, b, _type(call.dtype)), num_warps=4
+        *(parts, out, rows, indices, entries, group, a, b, _type(call.dtype)),
+        num_warps=4,
+        **FUSION,
     )
     return out
 
@@ -252,14 +258,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
+    if device.type != DEVICE:
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Kernels are launched on the current device."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
+    if device.type != DEVICE or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 

@@ -203,11 +203,10 @@ def _count(
     KEPT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """How many elements of each pool count in the tiles from begin to end."""
-    _, _, _, rows, cols, _ = where
     if mask is not None:
         present = tl.zeros([A, B], tl.int32)
         for tile in range(begin, end):
-            _, _, at, exists = _place(where, unit, tile, KEPT, A, B)
+            a, b, at, exists = _place(where, unit, tile, KEPT, A, B)
             counts = exists & (tl.load(mask + at, mask=exists, other=0) != 0)
             present += counts.to(tl.int32)
         n = _total(present, KEPT)
@@ -234,7 +233,7 @@ def _sums_of_tiles(
     CENTER: tl.constexpr, KEPT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The same of the tiles from begin to end, which are read from memory."""
-    _, _, mask = source
+    x, add, mask = source
     shift = tl.zeros_like(scale)
     if CENTER:
         # A masked first tile may be empty: there the shift is the mean of all tiles.
@@ -243,15 +242,15 @@ def _sums_of_tiles(
             last = end
         s = tl.zeros([A, B], T)
         for tile in range(begin, last):
-            _, _, at, exists = _place(where, unit, tile, KEPT, A, B)
-            v, _ = _read(source, None, at, exists, T)
+            a, b, at, exists = _place(where, unit, tile, KEPT, A, B)
+            v, counts = _read(source, None, at, exists, T)
             s += v * scale
         n = _count(mask, where, unit, begin, last, KEPT, A, B, T)
         shift = _total(s, KEPT) / tl.maximum(n, 1)
     s = tl.zeros([A, B], T)
     q = tl.zeros([A, B], T)
     for tile in range(begin, end):
-        _, _, at, exists = _place(where, unit, tile, KEPT, A, B)
+        a, b, at, exists = _place(where, unit, tile, KEPT, A, B)
         v, counts = _read(source, None, at, exists, T)
         v = v * scale
         if CENTER:
@@ -584,7 +583,7 @@ def backward(
             for tile in range(begin, end):
                 a, b, at, exists = _place(where, unit, tile, KEPT, A, B)
                 of = _entries(where, (pool, known), entries, unit, a, b, KEPT, AFFINE)
-                standard, dz, _ = _point(
+                standard, dz, counts = _point(
                     source, dy, residual, output, at, exists, statistics, parameters, of,
                     CENTER, ACT, T,
                 )  # fmt: skip

@@ -173,7 +173,8 @@ def launch(g: Geometry, way: Literal["forward", "backward"], given: bool) -> Lau
         if g.batch:
             chunk = max(chunk, _ceil(tiles, max(1, PROGRAMS // units)))
     chunk = min(chunk, tiles)
-    warps = min(16, max(1, a * b // (32 * PER_THREAD[way])))
+    most = 8 if g.kept == "columns" else 16
+    warps = min(most, max(1, a * b // (32 * PER_THREAD[way])))
     return Launch(a, b, whole, split, units, period, tiles, chunk, _ceil(tiles, chunk), warps)
 
 
