@@ -124,10 +124,14 @@ def normalize_backward(
 
     def run(phase: str, sums: Tensor | None, merged: Tensor | None = None) -> None:
         call.run(
-            *("backward", programs),
+            "backward",
+            programs,
             (*tensors, merged, dx, dz, sums, None if phase == "gradient" else affine),
             (at.units, g.pools, programs, rows),
-            **{"PHASE": phase, "GIVEN": spec.given, "COVERS": covers(g, at), "SHARED": shared(g)},
+            PHASE=phase,
+            GIVEN=spec.given,
+            COVERS=covers(g, at),
+            SHARED=shared(g),
         )
 
     with _on(x.device):
@@ -149,7 +153,9 @@ def normalize_backward(
                 assert sums is not None
                 affine = sums[:2].view(2, -1, g.entries)
             assert affine is not None
-            dbias, dweight = affine[:, 0] if affine.shape[1] == 1 else _fold(call, affine, g.entries)
+            dbias, dweight = (
+                affine[:, 0] if affine.shape[1] == 1 else _fold(call, affine, g.entries)
+            )
     if dz is None:
         dz = dy if inputs.mask is None else torch.where(inputs.mask, dy, 0)
     return dx, _as_parameter(inputs.weight, dweight), _as_parameter(inputs.bias, dbias), dz

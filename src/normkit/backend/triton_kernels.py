@@ -293,7 +293,7 @@ def _moments(
     mean = _mean(shift, s, n, CENTER)
     var = narrow.to(tl.float64)
     rstd = tl.rsqrt(narrow + eps)
-    if T == tl.float32:
+    if tl.float32 == T:
         vast = (narrow <= 1e38) == 0
         lost = vast
         if eps < 1e-20:
@@ -435,7 +435,7 @@ def merge(
     for first in range(0, chunks, A):
         chunk = first + tl.arange(0, A)[:, None].to(tl.int64)
         exists = (pool < pools) & (chunk < chunks)
-        for i in range(0, group):
+        for i in range(group):
             at = chunk * indices + pool * group + i
             k = _load(parts, at, exists, tl.float64)
             n += k
@@ -446,7 +446,7 @@ def merge(
     for first in range(0, chunks, A):
         chunk = first + tl.arange(0, A)[:, None].to(tl.int64)
         exists = (pool < pools) & (chunk < chunks)
-        for i in range(0, group):
+        for i in range(group):
             at = chunk * indices + pool * group + i
             q += _load(parts + 2 * plane, at, exists, tl.float64)
             if CENTER:
@@ -665,7 +665,7 @@ def fold(
     s = tl.zeros([A, B], T)
     for first in range(0, rows, A):
         row = first + tl.arange(0, A)[:, None].to(tl.int64)
-        for i in range(0, group):
+        for i in range(group):
             at = (plane * rows + row) * indices + entry * group + i
             s += _load(parts, at, (entry < entries) & (row < rows), T)
     s = tl.sum(s, 0, keep_dims=True)

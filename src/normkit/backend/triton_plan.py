@@ -122,17 +122,13 @@ def geometry(
             )
         case "s":
             if last:
-                return Geometry(
-                    "columns", "pool", n, 1, c * s, 0, s, c, c, 1, c, (n, c), False
-                )
+                return Geometry("columns", "pool", n, 1, c * s, 0, s, c, c, 1, c, (n, c), False)
             return Geometry("rows", "pool", 1, 1, 0, 0, n * c, s, s, 1, c, (n, c), False)
         case "ks":
             assert pool.groups is not None
             g, k = pool.groups, c // pool.groups
             if last and k * itemsize < 32 and s > 1:
-                return Geometry(
-                    "columns", "column", n, 1, c * s, 0, s, c, c, k, c, (n, g), False
-                )
+                return Geometry("columns", "column", n, 1, c * s, 0, s, c, c, k, c, (n, g), False)
             if last:
                 return Geometry("none", "column", n, g, c * s, k, s, k, c, 1, c, (n, g), False)
             return Geometry("none", "row", n, g, c * s, k * s, k, s, s, 1, c, (n, g), False)
@@ -141,9 +137,7 @@ def geometry(
                 return Geometry(
                     "rows", "column", 1, 1, 0, 0, n * s, c, c, 1, c, (n, *shape[2:]), False
                 )
-            return Geometry(
-                "columns", "row", n, 1, c * s, 0, c, s, s, 1, c, (n, *shape[2:]), False
-            )
+            return Geometry("columns", "row", n, 1, c * s, 0, c, s, s, 1, c, (n, *shape[2:]), False)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -188,6 +182,7 @@ def _tile(g: Geometry, way: str) -> tuple[int, int, bool]:
         return (max(1, 2048 // b) if whole else 1), b, whole
     if g.kept == "columns":
         b = min(cols, 64)
+        largest = largest if way == "forward" else TILE  # a backward of 8192 spills here
         if g.group == 1 and rows * min(cols, 16) <= largest:
             return rows, min(cols, max(16, TILE // rows)), True
         return min(rows, TILE // b), b, False
@@ -202,7 +197,9 @@ def _tile(g: Geometry, way: str) -> tuple[int, int, bool]:
 
 def _run(length: int) -> int:
     """The longest power of two, 64 to 4096, that leaves at most an eighth of its tiles idle."""
-    fits = [b for b in (64, 128, 256, 512, 1024, 2048, TILE) if _ceil(length, b) * b <= length * 9 / 8]
+    fits = [
+        b for b in (64, 128, 256, 512, 1024, 2048, TILE) if _ceil(length, b) * b <= length * 9 / 8
+    ]
     return max(fits, default=64)
 
 
