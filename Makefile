@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench sanitize chromium clean
+.PHONY: demo test check bench bench-gpu sanitize chromium clean
 
 demo: .venv/ready
 	$(BIN)/normkit study speed --out runs/demo
@@ -19,6 +19,10 @@ check: .venv/ready
 bench: .venv/ready
 	$(BIN)/normkit bench --out benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/render.py
+
+# On a machine with an NVIDIA GPU, with its own Python, torch and triton: conformance, then the table.
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu.json
 
 # The core's tests under AddressSanitizer and UBSan, in a copy of the package.
 sanitize: .venv/ready

@@ -145,6 +145,29 @@ Forward and backward, contiguous, float32, inductor on torch's layer.
 """
 
 
+def kernels(result: dict[str, Any]) -> str:
+    """Return docs/kernels.md."""
+    targets = ("80", "90", "100")
+    body = [
+        [
+            " ".join(filter(None, (row["call"], row["kernel"], row["phase"]))),
+            "x".join(map(str, row["tile"] or ())),
+            str(row["warps"]),
+            *(f"{row[t]['registers']} / {row[t]['spilled']} / {row[t]['shared']}" for t in targets),
+        ]
+        for row in result["rows"]
+    ]
+    head = ["kernel", "tile", "warps", *(f"sm_{t}" for t in targets)]
+    return f"""# The Triton kernels, compiled ahead of time
+
+Written by `benchmarks/render.py` from `benchmarks/results/aot.json`, which `benchmarks/aot.py`
+makes with triton {result["triton"]} and no GPU: registers of a thread / bytes spilled / bytes of
+shared memory. None of this says how fast a kernel is.
+
+{table(head, body)}
+"""
+
+
 def picture(result: dict[str, Any], target: Path, scheme: str) -> None:
     """Save each large case's distance from the floor, ours and torch's, as a PNG."""
     import plotly.graph_objects as go
@@ -200,6 +223,8 @@ if __name__ == "__main__":
     target = ROOT / "README.md"
     target.write_text(readme(measured, target.read_text()))
     (ROOT / "docs/benchmark.md").write_text(full(measured))
+    compiled = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
+    (ROOT / "docs/kernels.md").write_text(kernels(compiled))
     if "--no-picture" not in sys.argv:
         for scheme, name in (("light", "benchmark.png"), ("dark", "benchmark-dark.png")):
             picture(measured, ROOT / "docs" / name, scheme)

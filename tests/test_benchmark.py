@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -27,6 +29,21 @@ def test_every_figure_is_the_committed_results():
     assert {(r["norm"], tuple(r["shape"]), r["layout"], r["mode"]) for r in result["rows"]} == {
         (c.norm.name, c.shape, c.layout, c.mode) for c in cases()
     }
+
+
+def test_the_table_of_kernels_is_the_committed_result_and_nothing_spills():
+    result = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
+    assert render().kernels(result) == (ROOT / "docs/kernels.md").read_text()
+    assert all(row[t]["spilled"] == 0 for row in result["rows"] for t in ("80", "90", "100"))
+
+
+def test_the_gpu_benchmarks_plumbing_runs_on_the_cpu(tmp_path):
+    out = tmp_path / "gpu.json"
+    script = [sys.executable, str(ROOT / "benchmarks/gpu.py")]
+    subprocess.run([*script, "--dry", "--out", str(out), "--seconds", "5"], check=True)
+    result = json.loads(out.read_text())
+    assert result["rows"][0]["normkit"]["GB/s"] > 0
+    assert set(result["resnet50"]) == {"torch", "normkit"}
 
 
 def test_contestants_take_turns_in_alternating_order():

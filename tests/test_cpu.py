@@ -308,5 +308,5 @@ def test_nan_and_inf_stay_where_they_are(pool):
 
 
 def test_the_choice_is_visible():
-    assert list(backend.BACKENDS) == ["cpu", "reference"]
+    assert list(backend.BACKENDS) == ["cpu", "triton", "reference"]
     assert cpu.instructions() in normkit.info()

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from ..spec import Inputs, Spec
-from . import cpu, reference
+from . import cpu, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
 """In the order of preference; reference, the last, takes every call."""
 
 
