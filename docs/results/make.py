@@ -14,9 +14,13 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
+from normkit.lab.arms import GRID_SEED
 from normkit.lab.config import Config
+from normkit.lab.progress import progress_for
+from normkit.lab.run import done
 from normkit.lab.store import Store
-from normkit.lab.studies import Findings, Study, all_studies
+from normkit.lab.studies import all_studies
+from normkit.lab.study import Findings, Study
 
 HERE = Path(__file__).parent
 
@@ -26,15 +30,13 @@ def findings_of(study: Study, folder: Path) -> tuple[Config, Findings]:
     store = Store.reopen(folder)
     try:
         identity = store.identity()
-        runs = list(store.runs())
-        names = {run.arm for run in runs}
-        arms = [arm for arm in study.arms if arm.name in names]
-        options = {key: identity[key] for key in Config.__dataclass_fields__ if key in identity}
-        config = Config(**options, seeds=1 + max(run.seed for run in runs))
-        by_arm = {arm.name: [run for run in runs if run.arm == arm.name] for arm in arms}
-        return config, study.judge(config, by_arm)
+        seeds = {run.seed for run in store.runs() if run.seed != GRID_SEED}
     finally:
         store.close()
+    options = {key: identity[key] for key in Config.__dataclass_fields__ if key in identity}
+    given = Config(**options, seeds=len(seeds), out=str(folder))
+    section = done(study, given, progress_for(as_json=False))
+    return section.config, section.findings
 
 
 def section(study: Study, config: Config, findings: Findings) -> str:

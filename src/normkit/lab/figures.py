@@ -370,7 +370,7 @@ def _ticks(first: float, last: float, most: int) -> list[float]:
         ticks = [tick for tick in ticks if first * 0.999 <= tick <= last * 1.001]
         if len(ticks) <= most:
             break
-    return ticks[:: -(-len(ticks) // most)]
+    return ticks[:: max(1, -(-len(ticks) // most))]
 
 
 def _level(value: float, text: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Norms that only studies use: batch norm with one of its workings taken out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -59,9 +61,11 @@ class DetachedBatchNorm(normkit.BatchNorm):
 _OWN: dict[str, type[nn.Module]] = {"noisy": NoisyBatchNorm, "detached": DetachedBatchNorm}
 
 
-def create(name: str, features: int) -> nn.Module:
+def create(name: str, features: int, **arguments: Any) -> nn.Module:
     """Return the norm of that name over `features`: one of these, or `normkit.create`'s."""
-    return _OWN[name](features) if name in _OWN else normkit.create(name, features)
+    if name in _OWN:
+        return _OWN[name](features, **arguments)
+    return normkit.create(name, features, **arguments)
 
 
 def layer_of(name: str) -> type[nn.Module]:
