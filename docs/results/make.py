@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
@@ -36,7 +37,8 @@ def findings_of(study: Study, folder: Path) -> tuple[Config, Findings]:
     options = {key: identity[key] for key in Config.__dataclass_fields__ if key in identity}
     given = Config(**options, seeds=len(seeds), out=str(folder))
     section = done(study, given, progress_for(as_json=False))
-    return section.config, section.findings
+    # The folder is wherever the runs happen to lie; a command names none.
+    return replace(section.config, out=None), section.findings
 
 
 def section(study: Study, config: Config, findings: Findings) -> str:
