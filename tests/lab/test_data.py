@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from normkit.lab.config import Config
-from normkit.lab.data import load_data
+from normkit.lab.data import load_data, scaled
 from normkit.lab.errors import LabError, UserCodeError
 
 
@@ -195,3 +195,33 @@ def test_a_function_may_give_tensors_or_datasets_and_its_errors_are_its_own(tmp_
 def test_unknown_data_names_the_near_match():
     with pytest.raises(LabError, match="Did you mean 'digits'"):
         load("digit")
+
+
+@pytest.mark.parametrize("name", ["digits", "wine", "breast-cancer"])
+def test_inputs_can_be_scaled_in_other_ways_by_the_training_part_alone(name):
+    data = load_data(Config(data=name))
+    assert scaled(data, "standardized") is data
+    raw = scaled(data, "raw")
+    back = (raw.test[0].double() - data.mean) / data.deviation
+    assert torch.allclose(back, data.test[0].double(), atol=1e-3)
+    over = [0, *range(2, data.train[0].ndim)]
+    between = scaled(data, "min-max").train[0]
+    assert torch.allclose(between.amin(over), torch.zeros(()), atol=1e-6)
+    assert torch.allclose(between.amax(over), torch.ones(()), atol=1e-6)
+    white = scaled(data, "whitened").train[0].double().flatten(1).numpy()
+    variances = np.linalg.eigvalsh(np.cov(white.T, bias=True))
+    # 1, or less for directions below the floor; never more.
+    assert variances.max() < 1 + 1e-3
+    assert np.median(variances) == pytest.approx(1, abs=1e-3)
+    assert torch.equal(raw.test[1], data.test[1])
+
+
+def test_raw_wine_is_what_scikit_learn_gives():
+    from sklearn.datasets import load_wine
+
+    data = load_data(Config(data="wine"))
+    parts = scaled(data, "raw")
+    together = torch.cat([parts.train[0], parts.validation[0], parts.test[0]]).double()
+    order = torch.randperm(178, generator=torch.Generator().manual_seed(0))
+    wanted = torch.from_numpy(load_wine().data)[order]
+    assert torch.allclose(together, wanted, rtol=1e-5, atol=1e-5)

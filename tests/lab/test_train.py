@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 import normkit
-from normkit.lab.arms import Arm
+from normkit.lab.arms import GRID, Arm
 from normkit.lab.batches import Batches
 from normkit.lab.config import Config
 from normkit.lab.data import load_data
 from normkit.lab.errors import LabError
 from normkit.lab.models import build, check, last_hidden
+from normkit.lab.run import best_factor
+from normkit.lab.store import Run
 from normkit.lab.studies.speed import ARMS
 from normkit.lab.train import Task, advance, make_optimizer, measure, train
 
@@ -203,3 +205,67 @@ def test_a_norm_is_any_that_the_factory_makes():
     assert [type(m) for m in model.modules()].count(normkit.GroupNorm) == 3
     with pytest.raises(ValueError, match="did you mean 'batch'"):
         build(CONFIG, DATA, Arm("", "", norm="bacth"), seed=0)
+
+
+SWAPPED = """
+from torch import nn
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Tanh(),
+                         nn.Linear(8, 10))
+def bare():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+"""
+
+
+def test_a_model_without_norm_argument_has_its_norms_swapped(tmp_path, monkeypatch):
+    (tmp_path / "swapped.py").write_text(SWAPPED)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = Config(model="swapped:net").resolved("speed")
+    arms = [Arm(name, name, norm=name) for name in ("none", "batch", "layer", "group", "weight")]
+    check(DATA, [(arm, config) for arm in arms])
+    kinds = [type(build(config, DATA, arm, 0)[2]) for arm in arms]
+    wanted = [nn.Identity, normkit.BatchNorm, normkit.LayerNorm, normkit.GroupNorm, nn.Identity]
+    assert kinds == wanted
+    with pytest.raises(LabError, match="takes no norm= and has no norms that could be swapped"):
+        build(Config(model="swapped:bare").resolved("speed"), DATA, BATCH, 0)
+
+
+def test_parameters_that_an_arm_fixes_stay_and_placement_moves_the_norm():
+    arm = dataclasses.replace(BATCH, fixed=("weight",))
+    model = build(CONFIG, DATA, arm, 0)
+    assert [p.requires_grad for p in model[2].parameters()] == [False, True]
+    after = build(dataclasses.replace(CONFIG, placement="after"), DATA, BATCH, 0)
+    assert [type(m) for m in after[1:4]] == [nn.Linear, nn.Sigmoid, normkit.BatchNorm]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_a_probe_that_changes_everything_leaves_the_next_step_bitwise_the_same(optimizer):
+    config = Config(steps=40, eval_every=10, optimizer=optimizer).resolved("speed")
+
+    def meddle(at):
+        advance(at.model, at.optimizer, at.batches, at.step, at.step + 3)
+        at.optimizer.param_groups[0]["lr"] = 1e9
+        at.model[0].register_forward_hook(lambda *args: None)
+        torch.rand(5)
+        at.model.eval()
+        return {"seen": float(at.step)}
+
+    plain, _ = collect(Task(1, BATCH, 0, config))
+    looked, reports = collect(Task(1, BATCH, 0, config, probe=meddle, finish=meddle))
+    assert {step: row.pop("seen") for step, row in looked.items()} == {s: s for s in plain}
+    assert looked == plain
+    assert reports[-1].found == {"seen": 40.0}
+
+
+def test_the_rate_of_the_grid_is_the_one_that_ends_best_and_of_equals_the_nearest_to_one():
+    def tried(**finals):
+        return {
+            BATCH.at(factor).name: [
+                Run(1, "", 0, "finished", 10, 1.0, None, {"validation_accuracy": ([10], [final])})
+            ]
+            for factor, final in zip(GRID, finals["at"], strict=True)
+        }
+
+    assert best_factor(tried(at=(0.1, 0.2, 0.3, 0.9, 0.2)), BATCH, GRID) == 3.0
+    assert best_factor(tried(at=(0.5, 0.9, 0.5, 0.9, 0.5)), BATCH, GRID) == 3.0
+    assert best_factor(tried(at=(0.9, 0.5, 0.9, 0.9, 0.9)), BATCH, GRID) == 1.0
