@@ -21,25 +21,25 @@ header { max-width: 780px; }
 .kicker { margin: 0 0 12px; color: var(--muted); font-size: 14px; overflow-wrap: anywhere; }
 h1 { margin: 0 0 12px; font-size: 34px; line-height: 1.2; font-weight: 650;
   letter-spacing: -.015em; }
-h2 { margin: 0 0 12px; font-size: 28px; line-height: 1.25; font-weight: 640;
-  letter-spacing: -.01em; }
-h3 { margin: 0 0 14px; font-size: 21px; line-height: 1.3; font-weight: 620; }
+h2, h3 { margin: 0 0 14px; font-size: 21px; line-height: 1.3; font-weight: 620; }
 nav { margin-top: 40px; }
 a { color: inherit; }
+.study > header h2 { font-size: 28px; line-height: 1.25; }
 .study { margin-top: 96px; padding-top: 40px; border-top: 1px solid var(--line); }
 .overview td:nth-child(2) { min-width: 150px; } .overview td:nth-child(4) { min-width: 320px; }
 .overview td.holds, .overview td.reversed { border-color: var(--line); }
-.overview .word { font-weight: 600; }
+.overview .word { float: none; font-weight: 600; white-space: nowrap; }
 .source { margin: 0; color: var(--muted); font-size: 15px; }
 section { margin-top: 60px; }
 .verdicts { margin-top: 40px; display: grid; gap: 20px;
   grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); }
 .verdict { padding: 18px 22px 20px; background: var(--soft); border-radius: 6px;
   border-top: 3px solid var(--plain); }
-.verdict h3 { font-size: 17px; margin-bottom: 8px; }
+.verdict h2, .verdict h3 { font-size: 17px; margin-bottom: 8px; }
 .verdict p { margin: 0; font-size: 15px; line-height: 1.55; }
 .verdict h3 { display: flex; justify-content: space-between; gap: 16px; }
-.word { color: var(--plain); white-space: nowrap; }
+.word { float: right; color: var(--plain); }
+.verdict h3 .word { white-space: nowrap; }
 .holds { border-color: var(--good); } .holds .word { color: var(--good); }
 .reversed { border-color: var(--bad); } .reversed .word { color: var(--bad); }
 figure { margin: 0; }
@@ -68,7 +68,7 @@ pre { margin: 0 0 20px; padding: 16px 20px; background: var(--soft); border-radi
 @media (max-width: 640px) {
   body { font-size: 16px; }
   main { padding: 32px 18px 64px; }
-  h1 { font-size: 26px; } h2 { font-size: 23px; }
+  h1 { font-size: 26px; } .study > header h2 { font-size: 23px; }
   section { margin-top: 44px; }
   dl { grid-template-columns: 1fr; gap: 2px; } dd { margin-bottom: 12px; }
 }
