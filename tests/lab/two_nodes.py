@@ -13,10 +13,12 @@ if __name__ == "__main__":
     os.environ.update(ENVIRONMENT)
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    second = cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
-    (raylet,) = second.all_processes["raylet"]
+    node = {"num_cpus": 1, "object_store_memory": 100_000_000}
+    # A dead node is noticed in seconds.
+    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
+    head = {**node, "include_dashboard": False, "_system_config": health}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    (raylet,) = cluster.add_node(**node).all_processes["raylet"]
     print(cluster.address, raylet.process.pid, flush=True)
     sys.stdin.read()
     cluster.shutdown()

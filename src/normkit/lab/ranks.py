@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+from normkit.tools.swap import swap
 
 Sent = TypeVar("Sent")
 # Ranks draw different dropout masks; far from the seeds of any run.
@@ -90,16 +93,28 @@ def alike() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def parallel(model: nn.Module, stats: str | None) -> nn.Module:
-    """Return what to train in the model's place: by DDP, its batch norms synced for `stats` "sync".
-
-    The model itself is changed and stays the one to measure. Running averages are rank 0's.
-    """
-    if size() == 1:
+def synced(model: nn.Module, stats: str | None) -> nn.Module:
+    """Return the model with batch norms that take the batches of all ranks, for `stats` "sync"."""
+    if stats != "sync":
         return model
-    if stats == "sync":
-        pass
-    return DistributedDataParallel(model)
+
+    def foreign(name: str, layer: nn.Module) -> bool:
+        return isinstance(layer, _BatchNorm) and not hasattr(layer, "synchronize")
+
+    model = swap(model, "sync", only=foreign).model
+    for layer in model.modules():
+        # Those of normkit stay what they are: ghosts and corrections too have ranks.
+        if isinstance(layer, _BatchNorm):
+            layer.synchronize()
+    return model
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """Return what to train in the model's place, in DDP; the model stays the one to measure.
+
+    Running averages are rank 0's.
+    """
+    return DistributedDataParallel(model) if size() > 1 else model
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

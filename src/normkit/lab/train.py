@@ -79,9 +79,9 @@ def train(task: Task, data: Data) -> Iterator[Report]:
     assert config.eval_every is not None
     seed = task.seed + (_OTHER_SEEDS if arm.other_seeds else 0)
     data = scaled(data, config.inputs)
-    model = build(config, data, arm, seed)
+    model = ranks.synced(build(config, data, arm, seed), config.stats)
     optimizer = make_optimizer(model, config, arm.rate)
-    trained = ranks.parallel(model, config.stats)
+    trained = ranks.parallel(model)
     ranks.seed(seed)
     step = 0
     if task.checkpoint is not None:

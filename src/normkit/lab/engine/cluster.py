@@ -96,6 +96,7 @@ class Cluster:
     def close(self) -> None:
         """Leave the cluster; it ends what still runs for this process."""
         if self.ray is not None:
+            self.ray._private.worker._worker_logs_enabled = True
             self.ray.shutdown()
             self.ray = None
 
@@ -130,6 +131,8 @@ class Cluster:
             ray.shutdown()
             raise LabError(_refusal(address, str(error))) from None
         self.ray = ray
+        # Ray prints the death of a node to stdout, where JSON lines may go; whatever is asked of it.
+        ray._private.worker._worker_logs_enabled = False
 
     def _needs(self) -> dict[str, int]:
         gpus = 1 if self.config.device.startswith("cuda") else 0
