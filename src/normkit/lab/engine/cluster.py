@@ -1,6 +1,7 @@
 """Runs on a Ray cluster: each a task of its own, its reports streamed to this process."""
 
 import functools
+import logging
 import os
 import socket
 import sys
@@ -124,7 +125,7 @@ class Cluster:
             ray.init(
                 address=address,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 runtime_env={"py_modules": shipped} if shipped else None,
             )
         except Exception as error:
