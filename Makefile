@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench bench-gpu sanitize chromium clean
+.PHONY: demo test check bench bench-engines bench-gpu sanitize chromium clean
 
 demo: .venv/ready
 	$(BIN)/normkit study speed --out runs/demo
@@ -19,6 +19,11 @@ check: .venv/ready
 bench: .venv/ready
 	$(BIN)/normkit bench --out benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/render.py
+
+# Some minutes alone on the machine: a study's runs on a Ray cluster against local processes.
+bench-engines: .venv/ready
+	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/render.py --no-picture
 
 # On a machine with an NVIDIA GPU, with its own Python, torch and triton: conformance, then the table.
 bench-gpu:

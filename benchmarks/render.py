@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from normkit.lab.train import _CHECKPOINT_SECONDS, _REPORT_SECONDS
+
 ROOT = Path(__file__).parent.parent
 MODES = ("evaluation", "training", "forward+backward")
 LARGE = 8_000_000
@@ -212,10 +214,72 @@ def picture(result: dict[str, Any], target: Path, scheme: str) -> None:
         browser.close()
 
 
+def engines(result: dict[str, Any]) -> str:
+    """Return what docs/scale.md says of the engines' costs."""
+    costs = result["microseconds"]
+    kinds = list(costs["pipe"])
+    reports, saves = 1 / _REPORT_SECONDS, 1 / _CHECKPOINT_SECONDS
+    times = {"report": reports - saves, "report and checkpoint": saves}
+    ways = {"processes here": "pipe", "Ray": "ray"}
+    # Microseconds that one run takes of each second of the process that writes.
+    busy = {
+        name: sum(times[k] * (costs[way][k] + costs["sqlite"][k]) for k in kinds)
+        for name, way in ways.items()
+    }
+    limit = "; ".join(f"{name} {1e6 / share:,.0f} runs" for name, share in busy.items())
+    machine = result["machine"]
+    bytes_ = result["checkpoint bytes"]
+    return "\n\n".join(
+        [
+            f"Measured by `benchmarks/engines.py` ({machine['cpu']}, {machine['cores']} cores, torch "
+            f"{machine['torch']}, Ray {machine['ray']}), {result['runs']} runs of "
+            f"{result['steps']:,} steps, two at a time, medians of {len(result['rounds'])} rounds in "
+            "turn, starting the workers included:",
+            table(
+                ["", "seconds"],
+                [
+                    ["two local processes", f"{result['local seconds']:.1f}"],
+                    ["two Ray workers", f"{result['ray seconds']:.1f}"],
+                    ["Ray over local, by rounds", f"{result['ray/local']:.2f}"],
+                    ["starting a cluster of two nodes", f"{result['cluster seconds']:.1f}"],
+                    ["connecting to it", f"{result['connect seconds']:.1f}"],
+                ],
+            ),
+            f"What a report costs on its way, in microseconds (the checkpoint has {bytes_:,} bytes):",
+            table(
+                ["", *kinds],
+                [[way, *(f"{costs[way][kind]:,.0f}" for kind in kinds)] for way in costs],
+            ),
+            "Seconds until a new process has the data:",
+            table(
+                ["", "loaded", "from Ray's object store"],
+                [
+                    [name, *(f"{took[way]:.3f}" for way in ("loaded", "from the store"))]
+                    for name, took in result["data seconds"].items()
+                ],
+            ),
+            f"A run reports at most {reports:.0f} times a second, {saves:.0f} of them with a "
+            "checkpoint. One driver\ncan receive and write the reports of about so many runs at a "
+            f"time: {limit}.",
+        ]
+    )
+
+
+def between(mark: str, part: str, text: str) -> str:
+    """Return the text with what stands between two marks written anew."""
+    part = f"<!-- {mark} -->\n\n{part}\n\n<!-- /{mark} -->"
+    marks = rf"<!-- {mark} -->.*<!-- /{mark} -->"
+    return re.sub(marks, lambda _: part, text, flags=re.DOTALL)
+
+
 def readme(result: dict[str, Any], text: str) -> str:
     """Return the README with its table written anew."""
-    part = f"<!-- benchmark -->\n\n{summary(result)}\n\n<!-- /benchmark -->"
-    return re.sub(r"<!-- benchmark -->.*<!-- /benchmark -->", lambda _: part, text, flags=re.DOTALL)
+    return between("benchmark", summary(result), text)
+
+
+def scale(result: dict[str, Any], text: str) -> str:
+    """Return docs/scale.md with its tables written anew."""
+    return between("engines", engines(result), text)
 
 
 if __name__ == "__main__":
@@ -223,6 +287,9 @@ if __name__ == "__main__":
     target = ROOT / "README.md"
     target.write_text(readme(measured, target.read_text()))
     (ROOT / "docs/benchmark.md").write_text(full(measured))
+    target = ROOT / "docs/scale.md"
+    timed = json.loads((ROOT / "benchmarks/results/engines.json").read_text())
+    target.write_text(scale(timed, target.read_text()))
     compiled = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
     (ROOT / "docs/kernels.md").write_text(kernels(compiled))
     if "--no-picture" not in sys.argv:

@@ -31,6 +31,12 @@ def test_every_figure_is_the_committed_results():
     }
 
 
+def test_the_page_on_scale_has_the_committed_results():
+    result = json.loads((ROOT / "benchmarks/results/engines.json").read_text())
+    page = (ROOT / "docs/scale.md").read_text()
+    assert render().scale(result, page) == page
+
+
 def test_the_table_of_kernels_is_the_committed_result_and_nothing_spills():
     result = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
     assert render().kernels(result) == (ROOT / "docs/kernels.md").read_text()

@@ -197,9 +197,8 @@ def _study(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    from normkit.lab.errors import LabError
-
     from normkit.lab import ranks
+    from normkit.lab.errors import LabError
 
     if ranks.rank() > 0:
         from normkit.lab.engine.together import follow

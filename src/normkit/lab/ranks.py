@@ -52,8 +52,7 @@ def sent(value: Sent) -> Sent:
         return value
     box: list[Any] = [value]
     dist.broadcast_object_list(box, device=torch.device("cpu"))
-    value = box[0]
-    return value
+    return box[0]
 
 
 def mean(value: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Cluster:
             task = doing.pop(ready[0])
             try:
                 message = ray.get(next(ready[0]))
-            except (ray.exceptions.RayError, ray.exceptions.ObjectLostError) as error:
+            except ray.exceptions.RayError as error:
                 losses[task.run] += 1
                 self._check_lost(task, error, losses[task.run])
                 waiting.appendleft(again(task))
@@ -132,7 +132,7 @@ class Cluster:
             ray.shutdown()
             raise LabError(_refusal(address, str(error))) from None
         self.ray = ray
-        # Ray prints the death of a node to stdout, where JSON lines may go; whatever is asked of it.
+        # Whatever is asked of it, Ray prints a node's death to stdout, where JSON lines may go.
         ray._private.worker._worker_logs_enabled = False
 
     def _needs(self) -> dict[str, int]:

@@ -22,8 +22,8 @@ def work(task: Task, data: Data) -> Iterator[Report]:
         what = f"training {task.arm.label}, seed {task.seed}"
         if ranks.lost(error):
             raise LabError(
-                f"{what} lost a rank ({str(error).partition(': ')[0]}); the same command goes on from "
-                "the last checkpoint, and torchrun gives it by itself with --max-restarts"
+                f"{what} lost a rank ({str(error).partition('. ')[0]}); the same command goes on "
+                "from the last checkpoint, and torchrun gives it by itself with --max-restarts"
             ) from None
         if ":" in task.config.model:
             raise UserCodeError(their_traceback(error, what)) from None
