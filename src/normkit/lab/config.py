@@ -24,6 +24,8 @@ NAMED_MODELS = ("mlp", "cnn", "resnet")
 _RATES = {"mlp-sigmoid": 1.0, "mlp-tanh": 0.1, "mlp-relu": 0.1, "cnn": 0.3, "resnet": 0.1}
 _ADAPTIVE_RATE = 0.001
 _STEPS = {"mlp": 3000, "cnn": 1000, "resnet": 600}
+# Measured more often than after so many batches, a short run would cost more to measure than to do.
+_FEWEST_STEPS = 6
 
 # Where and how fast the runs are computed; a folder's results don't depend on these.
 _NOT_IDENTITY = ("data_root", "seeds", "jobs", "out", "arms")
@@ -97,7 +99,8 @@ class Config:
             activation=activation,
             steps=steps,
             lr=self.lr or (rate / 10 if self.optimizer == "momentum" else rate),
-            eval_every=self.eval_every or max(1, steps // (100 if self.model == "mlp" else 40)),
+            eval_every=self.eval_every
+            or max(min(_FEWEST_STEPS, steps), steps // (100 if self.model == "mlp" else 40)),
             jobs=self.jobs or jobs,
             out=self.out or f"runs/{study}-{_slug(self.data)}-{_slug(kind)}",
         )
