@@ -152,6 +152,59 @@ def panels(
     return Figure(name, title, caption, alt, traces, layout)
 
 
+def grid(
+    name: str,
+    title: str,
+    caption: str,
+    alt: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Sequence[Sequence[Sequence[Line]]],
+    x: Axis = STEPS,
+    y: Axis = ACCURACY,
+) -> Figure:
+    """Return small multiples: a panel for every row and column, one vertical axis to a row.
+
+    Lines of a cell after the first give their bands alone.
+    """
+    traces: list[dict[str, Any]] = []
+    layout: dict[str, Any] = {"annotations": [], "names": "none", "height": 90 + 180 * len(rows)}
+    headings = []
+    for r, of_row in enumerate(cells):
+        bottom, top = _domain(len(rows) - 1 - r, len(rows), 0.06)
+        named = rows[r].replace(", ", ",<br>")
+        for c, drawn in enumerate(of_row):
+            place = r * len(columns) + c
+            suffix = "" if place == 0 else str(place + 1)
+            first = f"y{r * len(columns) + 1}" if r else "y"
+            left, right = _domain(c, len(columns), 0.02)
+            under = r == len(rows) - 1
+            layout[f"xaxis{suffix}"] = {
+                **_axis(x),
+                "domain": [left, right],
+                "anchor": f"y{suffix}",
+                "nticks": 4,
+                "showticklabels": under,
+                "title": {"text": x.title if under else ""},
+            }
+            layout[f"yaxis{suffix}"] = {
+                **_axis(y),
+                "domain": [bottom, top],
+                "anchor": f"x{suffix}",
+                "showticklabels": c == 0,
+                "nticks": 5,
+                "title": {"text": "" if c else named},
+                **({"matches": first} if c else {}),
+            }
+            layout["annotations"].append(_heading("" if r else columns[c], left, top + 0.01))
+            headings.append(f"{columns[c]} · {rows[r]}")
+            for line in drawn:
+                for trace in _traces(line, x, y):
+                    if line is drawn[0] or trace["meta"] == "band":
+                        traces.append(trace | {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"})
+    return Figure(name, title, caption, alt, traces, layout | {"headings": headings})
+
+
 def intervals(
     name: str,
     title: str,
@@ -408,12 +461,12 @@ def _domain(place: int, count: int, gap: float = 0.04) -> tuple[float, float]:
     return left, left + width
 
 
-def _heading(text: str, left: float) -> dict[str, Any]:
+def _heading(text: str, left: float, bottom: float = 1.02) -> dict[str, Any]:
     return {
         "xref": "paper",
         "yref": "paper",
         "x": left,
-        "y": 1.02,
+        "y": bottom,
         "xanchor": "left",
         "yanchor": "bottom",
         "showarrow": False,

@@ -128,18 +128,26 @@ function endLabels(traces, height, range, place) {
 }
 
 // Panels that stand side by side on a wide screen are put one below the other on a narrow one.
-function stacked(traces, layout) {
+function stacked(traces, layout, headings) {
   const panels = Object.keys(layout).filter((key) => key.startsWith("xaxis")).sort(
     (a, b) => (Number(a.slice(5)) || 1) - (Number(b.slice(5)) || 1));
   if (panels.length < 2) return 1;
-  const share = 1 / panels.length, y = layout.yaxis;
+  const share = 1 / panels.length, y = layout.yaxis, shown = headings ? .82 : .68;
   panels.forEach((key, i) => {
     const suffix = key.slice(5), top = 1 - i * share;
     layout[key] = {...layout[key], domain: [0, 1], anchor: "y" + suffix};
     layout["yaxis" + suffix] = {
-      ...y, domain: [top - .68 * share, top - .08 * share], ...(i ? {matches: "y"} : {}),
+      ...(layout["yaxis" + suffix] || {...y, matches: "y"}),
+      domain: [top - shown * share, top - .08 * share], showticklabels: true,
     };
     Object.assign(layout.annotations[i], {x: 0, y: top - .07 * share});
+    if (headings) {
+      layout["yaxis" + suffix].title = {text: ""};
+      const last = i === panels.length - 1;
+      Object.assign(layout[key], {showticklabels: last, ...(last ? {} : {title: {text: ""}})});
+      Object.assign(layout.annotations[i], {text: `<b>${headings[i]}</b>`});
+      layout.annotations[i].font.size = 12;
+    }
     for (const trace of traces) if (trace.xaxis === "x" + suffix) trace.yaxis = "y" + suffix;
   });
   return panels.length;
@@ -154,8 +162,8 @@ function draw() {
   return Promise.all(payload.figures.map((figure) => {
     const element = document.getElementById("plot-" + figure.name);
     const traces = coloured(figure.traces, palette);
-    const {names, ...layout} = coloured(figure.layout, palette);
-    const panels = narrow.matches ? stacked(traces, layout) : 1;
+    const {names, headings, ...layout} = coloured(figure.layout, palette);
+    const panels = narrow.matches ? stacked(traces, layout, headings) : 1;
     const ends = names === "ends" && !narrow.matches;
     const legend = names === "below" || (names === "ends" && narrow.matches);
     const axis = {
@@ -169,7 +177,8 @@ function draw() {
     const rows = legend ? Math.ceil(entries / (narrow.matches ? 2 : 4)) : 0;
     const bottom = (legend ? 68 : 56) + 24 * rows;
     const margin = {l: 56, r: ends ? 205 : 14, t: 30, b: bottom};
-    const height = (layout.height || (panels > 1 ? 300 * panels : 420)) + 24 * rows;
+    const tall = panels > 1 && (headings ? 150 : 300) * panels;
+    const height = (tall || layout.height || 420) + 24 * rows;
     element.style.height = height + "px";
     if (ends) {
       const log = layout.yaxis.type === "log";

@@ -194,9 +194,9 @@ def judge(evidence: Evidence) -> Findings:
             "size. The scaled rate is the configuration's rate times batch size over "
             f"{evidence.config.batch_size}; the tuned one is the best of a grid around it.",
             f"Group norm has at most eight groups. Ghost batch norm with batches of up to {_GHOST} "
-            "is batch norm: those runs stand for both. Batch renorm's limits open over the same shares "
-            "of the training as in Ioffe 2017; its momentum is 0.01, or 20 over the number of "
-            "steps where that is more, at most 0.1.",
+            "is batch norm: those runs stand for both. Batch renorm's limits open over the same "
+            "shares of the training as in Ioffe 2017; its momentum is 0.01, or 20 over the number "
+            "of steps where that is more, at most 0.1.",
             "Error of batch means: (batch mean − mean of the data) in standard deviations of the "
             "unit; of variances: batch variance over the data's, less 1; root mean square over "
             f"units and {_BATCHES} batches, median over the seeds. For independent samples and one "
