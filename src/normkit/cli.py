@@ -126,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="torch threads of each job (default: 1)")
     add("--jobs", type=int, metavar="N", help="runs at a time (default: the number of cores)")
     add("--out", metavar="DIR", help="the folder of the results (default: under runs/)")
+    add(
+        "--tensorboard",
+        action="store_true",
+        default=None,
+        help="write event files for TensorBoard as well, into the folder of the results",
+    )
     _add_tools(commands)
     return parser
 

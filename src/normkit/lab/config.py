@@ -1,6 +1,7 @@
 """What a study is run with: the options, their defaults, and a TOML file that holds the same."""
 
 import dataclasses
+import importlib.util
 import os
 import tomllib
 import types
@@ -28,7 +29,7 @@ _STEPS = {"mlp": 3000, "cnn": 1000, "resnet": 600}
 _FEWEST_STEPS = 6
 
 # Where and how fast the runs are computed; a folder's results don't depend on these.
-_NOT_IDENTITY = ("data_root", "seeds", "jobs", "out", "arms")
+_NOT_IDENTITY = ("data_root", "seeds", "jobs", "out", "arms", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Config:
     jobs: int | None = None
     arms: str | None = None
     out: str | None = None
+    tensorboard: bool = False
 
     def resolved(self, study: str, length: float = 1.0) -> "Config":
         """Return the configuration with every default filled in, checked.
@@ -81,6 +83,11 @@ class Config:
         if self.model not in NAMED_MODELS and ":" not in self.model:
             raise unknown("model", self.model, NAMED_MODELS, "Or package.module:function.")
         _check_device(self.device)
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise LabError(
+                "--tensorboard needs the package tensorboard, not installed here; "
+                "pip install 'normkit[tensorboard]' brings it"
+            )
 
         activation = self.activation or ("sigmoid" if self.model == "mlp" else "relu")
         kind = f"mlp-{activation}" if self.model == "mlp" else self.model
@@ -115,8 +122,9 @@ class Config:
         words = ["normkit", "study", study]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and field.name != "jobs":
-                words += [_flag(field.name), str(value)]
+            if value is None or value is False or field.name == "jobs":
+                continue
+            words += [_flag(field.name)] if value is True else [_flag(field.name), str(value)]
         return words
 
 

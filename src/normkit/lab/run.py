@@ -10,6 +10,7 @@ from normkit.lab import engine
 from normkit.lab.arms import GRID_SEED, Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data, load_data
+from normkit.lab.events import Events
 from normkit.lab.models import check
 from normkit.lab.progress import Progress
 from normkit.lab.report import Section, page
@@ -94,6 +95,8 @@ class _Trainer:
         self.store = store
         self.progress = progress
         self.numbers: set[int] = set()
+        folder = Path(str(given.resolved(study.name).out)) / "tensorboard"
+        self.events = Events(folder) if given.tensorboard else None
 
     def train(self, wanted: Iterable[tuple[Arm, int]]) -> dict[str, list[Run]]:
         """Return the ended runs of the wanted arms and seeds, by arm name."""
@@ -103,6 +106,8 @@ class _Trainer:
         for arm, seed in wanted:
             config = arm.applied(given, study.name, study.length)
             run, checkpoint = self.store.add(arm, seed, config.identity())
+            if self.events:
+                self.events.begin(run)
             numbers.add(run.id)
             if run.status == "running":
                 # The runs of the grid only choose a rate: nobody looks into them.
@@ -117,10 +122,14 @@ class _Trainer:
             try:
                 for report in reports:
                     self.store.write(report)
+                    if self.events:
+                        self.events.write(report)
                     self.progress.update(by_run[report.run], report)
             finally:
                 # Ends the workers, also when the store or the display raised.
                 reports.close()
+                if self.events:
+                    self.events.close()
                 self.progress.end()
         by_arm: dict[str, list[Run]] = {}
         for run in self.store.runs():
