@@ -27,6 +27,8 @@ def test_a_study_trains_judges_and_reports(command, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "range only" in ended.stdout
     page = (tmp_path / "out/report.html").read_text("utf-8")
+    for text in (ended.stdout, page):
+        assert "Fewer than 6 seeds give ranges, no intervals and no verdict: give --seeds 6" in text
     assert 1e6 < len(page.encode()) < 8e6
     database = sqlite3.connect(tmp_path / "out/results.sqlite")
     config, versions = database.execute("select config, versions from run").fetchone()

@@ -81,7 +81,7 @@ def times(value: float) -> str:
 
 def interval(effect: Estimate, show: Callable[[float], str]) -> str:
     """Return the interval of an estimate in words, or its range where it has none."""
-    what = "range" if effect.is_range else "95 %:"
+    what = "range" if effect.is_range else "95\N{NO-BREAK SPACE}%:"
     return f"{what} {show(effect.low)} to {show(effect.high)}"
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from normkit.lab.study import Findings
 from normkit.lab.train import Report, Task
-from normkit.lab.verdict import Verdict
+from normkit.lab.verdict import TOO_FEW, Verdict
 
 _LINE_SECONDS = 5.0
 
@@ -122,7 +122,7 @@ class _Words:
         console.print(table)
         for name, reason in skipped.items():
             console.print(f"{name}: {reason}", markup=False)
-        console.print(f"\nReport: {report}", markup=False, soft_wrap=True)
+        _print_end(console, [verdict for _, verdict in verdicts], report)
 
     def result(self, findings: Findings, report: str) -> None:
         """Print the table and the verdicts."""
@@ -287,4 +287,10 @@ def _print_findings(findings: Findings, report: str) -> None:
     for verdict in findings.verdicts:
         console.print(f"[bold]{verdict.claim}: {verdict.word}.[/bold] ", end="")
         console.print(verdict.because, markup=False)
+    _print_end(console, findings.verdicts, report)
+
+
+def _print_end(console: Any, verdicts: Sequence[Verdict], report: str) -> None:
+    if any(verdict.word == "range only" for verdict in verdicts):
+        console.print(f"\n{TOO_FEW}", markup=False)
     console.print(f"\nReport: {report}", markup=False, soft_wrap=True)

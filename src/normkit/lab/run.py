@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from normkit.lab.store import Run, Store, write_file
 from normkit.lab.study import Evidence, Findings, Study
 from normkit.lab.train import Task
 from normkit.lab.user import fingerprint
-from normkit.lab.verdict import smoothed
+from normkit.lab.verdict import FEWEST, TOO_FEW, smoothed
 
 
 def run_study(study: Study, given: Config, progress: Progress) -> Findings:
@@ -68,6 +69,8 @@ def done(study: Study, given: Config, progress: Progress) -> Section:
             for name, factor in factors.items()
         }
         findings = study.judge(Evidence(config, arms, runs, tuned, factors))
+        if config.seeds < FEWEST:
+            findings = replace(findings, notes=[TOO_FEW, *findings.notes])
         ended = [run for run in store.runs() if run.id in trainer.numbers]
         return Section(
             study,

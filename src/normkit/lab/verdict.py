@@ -23,6 +23,10 @@ from scipy import stats  # type: ignore[import-untyped]
 
 CONFIDENCE = 0.95
 FEWEST = 6
+TOO_FEW = (
+    f"Fewer than {FEWEST} seeds give ranges, no intervals and no verdict: give --seeds {FEWEST} or "
+    "more, what is trained is kept."
+)
 WINDOW = 5
 """Evaluations in the trailing mean that smooths an accuracy curve; fewer at its start."""
 TARGET_SHARE = 0.98

@@ -423,10 +423,6 @@ def _notes(
     ends = [arm.label for arm in ARMS if evidence.factors.get(arm.name) in (GRID[0], GRID[-1])]
     if ends:
         notes.append(f"The best rate is at the grid's end for: {', '.join(ends)}.")
-    if n < 6:
-        notes.append(
-            f"Only {n} paired seeds: ranges, no intervals and no verdict. Give --seeds 6 or more."
-        )
     return notes
 
 

@@ -262,10 +262,6 @@ def _notes(config: Config, target: float, runs: Mapping[str, Sequence[Run]]) -> 
             "Nothing is said of sigmoids: the activations of a model of your own can't be changed "
             "from here."
         )
-    if n < 6:
-        notes.append(
-            f"Only {n} paired seeds: ranges, no intervals and no verdict. Give --seeds 6 or more."
-        )
     return notes
 
 
