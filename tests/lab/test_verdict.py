@@ -15,7 +15,7 @@ from normkit.lab.verdict import estimate, log_speedup, smoothed, steps_to, word
 
 CONFIG = Config(steps=3000, eval_every=30).resolved("speed")
 RELU = Config(steps=3000, eval_every=30, activation="relu").resolved("speed")
-SIGMOIDS = "Trains sigmoids, which stay behind without it"
+SIGMOIDS = "Sigmoids need batch norm"
 
 
 def simulated(arm, seed, rng, pace, final=0.97, status="finished"):

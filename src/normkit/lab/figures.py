@@ -6,6 +6,7 @@ to the largest, unless the caption says otherwise.
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,7 +173,8 @@ def grid(
     headings = []
     for r, of_row in enumerate(cells):
         bottom, top = _domain(len(rows) - 1 - r, len(rows), 0.06)
-        named = rows[r].replace(", ", ",<br>")
+        what, _, side = rows[r].rpartition(", ")
+        named = "<br>".join([*textwrap.wrap(what, 22), side])
         for c, drawn in enumerate(of_row):
             place = r * len(columns) + c
             suffix = "" if place == 0 else str(place + 1)

@@ -79,6 +79,12 @@ def times(value: float) -> str:
     return f"{math.exp(value):.2f}"
 
 
+def duration(seconds: float) -> str:
+    """Return a time in minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 def interval(effect: Estimate, show: Callable[[float], str]) -> str:
     """Return the interval of an estimate in words, or its range where it has none."""
     what = "range" if effect.is_range else "95\N{NO-BREAK SPACE}%:"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from normkit.lab.measures import duration
 from normkit.lab.study import Findings
 from normkit.lab.train import Report, Task
 from normkit.lab.verdict import TOO_FEW, Verdict
@@ -82,12 +83,6 @@ def _said(task: Task, report: Report) -> str:
     if row:
         text += f"  loss {row['train_loss']:.4f}  accuracy {row['validation_accuracy']:.3f}"
     return text
-
-
-def duration(seconds: float) -> str:
-    """Return a time in minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 class _Words:

@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from normkit.lab.arms import Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data
+from normkit.lab.measures import duration
 from normkit.lab.page import SCRIPT, STYLE
 from normkit.lab.store import Run
 from normkit.lab.study import Figure, Findings, Study
@@ -24,7 +25,10 @@ _MOST_CSV_BYTES = 2_000_000
 
 @dataclass(frozen=True)
 class Section:
-    """One study that was done: what a report says of it. `seconds` is what this call took."""
+    """One study that was done: what a report says of it.
+
+    `seconds` is the wall-clock time that training took, measurements and probes included.
+    """
 
     study: Study
     config: Config
@@ -134,11 +138,16 @@ def _study(section: Section, heading: str) -> str:
     study, findings = section.study, section.findings
     command = shlex.join(section.config.command(study.name))
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in findings.notes)
+    published = (
+        f'<p class="source">Published: {html.escape(study.published)}</p>\n'
+        if study.published
+        else ""
+    )
     figures = "".join(_figure(study, figure) for figure in findings.figures)
     return f"""<header>
 <{heading}>{html.escape(study.claim)}</{heading}>
 <p class="source">{html.escape(study.source)}</p>
-</header>
+{published}</header>
 <section class="verdicts" aria-label="Verdicts">{_verdicts(findings)}</section>
 {figures}
 <section>
@@ -255,6 +264,11 @@ def _method(section: Section) -> str:
             f"{config.batch_size}, {config.steps:,} steps, measured every {config.eval_every}; "
             f"{config.seeds} seeds; {len(section.runs)} runs of {len(section.arms)} arms; on "
             f"{config.device}, {config.threads} thread{'s' * (config.threads > 1)} a run. {rates}",
+        ),
+        (
+            "Time",
+            f"{duration(section.seconds)} by the clock, {config.jobs} run"
+            f"{'s' * (int(config.jobs or 1) > 1)} at a time, measurements and probes included.",
         ),
         ("Versions", made),
     ]

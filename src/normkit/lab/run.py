@@ -40,7 +40,6 @@ def done(study: Study, given: Config, progress: Progress) -> Section:
 
     Raises NotApplicable where the study can't be done with this data and model.
     """
-    started = time.monotonic()
     config = given.resolved(study.name, study.length)
     data = load_data(config)
     arms = study.chosen(study.arms(config, data), config.arms)
@@ -80,7 +79,7 @@ def done(study: Study, given: Config, progress: Progress) -> Section:
             ended,
             findings,
             store.versions(),
-            time.monotonic() - started,
+            store.spend(),
         )
     finally:
         store.close()
@@ -121,6 +120,7 @@ class _Trainer:
         if tasks:
             jobs = int(given.resolved(study.name).jobs or 1)
             self.progress.begin(tasks, len(numbers) - len(tasks))
+            started = time.monotonic()
             reports = engine.run(tasks, self.data, jobs)
             try:
                 for report in reports:
@@ -131,6 +131,7 @@ class _Trainer:
             finally:
                 # Ends the workers, also when the store or the display raised.
                 reports.close()
+                self.store.spend(time.monotonic() - started)
                 if self.events:
                     self.events.close()
                 self.progress.end()

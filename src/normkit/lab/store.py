@@ -224,6 +224,17 @@ class Store:
                 json.loads(found[0]) if found else {},
             )
 
+    def spend(self, seconds: float = 0.0) -> float:
+        """Add to the wall-clock time that training took in this folder; return the whole."""
+        total = "select cast(value as real) from meta where key = 'seconds'"
+        with self._transaction() as database:
+            database.execute(
+                "insert into meta values ('seconds', ?1) "
+                "on conflict (key) do update set value = cast(value as real) + ?1",
+                (seconds,),
+            )
+            return float(database.execute(total).fetchone()[0])
+
     def versions(self) -> list[dict[str, str]]:
         """Return the distinct sets of versions that made the runs."""
         rows = self._database.execute("select distinct versions from run").fetchall()

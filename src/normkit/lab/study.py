@@ -72,7 +72,8 @@ class Study:
     `Run.found`. What they change in the model, the optimizer or the random state is put back.
     `tuned` says that every arm is run at its own rate and, once more, at the best of `grid` times
     it.
-    `length` is how long it trains by default, as a share of the network's default.
+    `length` is how long it trains by default, as a share of the network's default. `published` says
+    in a sentence what the source found, to read beside the verdicts.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Study:
     tuned: bool = False
     grid: tuple[float, ...] = GRID
     length: float = 1.0
+    published: str = ""
 
     def chosen(self, arms: Sequence[Arm], names: str | None) -> list[Arm]:
         """Return the arms of the comma-separated names, or all; the baseline is the first arm.

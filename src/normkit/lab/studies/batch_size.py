@@ -219,6 +219,9 @@ STUDY = Study(
     finish=finish,
     tuned=True,
     grid=_GRID,
+    published="ResNet-50's ImageNet error at 32, 16, 8, 4, 2 images a worker: batch norm 23.6, "
+    "23.7, 24.8, 27.3, 34.7 %, group norm 24.1, 24.2, 24.0, 24.2, 24.1 % (Wu & He). Inception at "
+    "4: batch renorm 76.5 %, batch norm 74.2 % accuracy (Ioffe).",
     length=0.06,
 )
 

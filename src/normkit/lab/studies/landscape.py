@@ -283,6 +283,9 @@ STUDY = Study(
     probe=probe,
     probes=50,
     tuned=True,
+    published="With batch norm the range of the loss, that of the gradient and effective beta are "
+    "smaller and steadier along the step; internal covariate shift is not; with noise behind the "
+    "norms VGG trains nearly as well.",
 )
 
 

@@ -124,6 +124,9 @@ STUDY = Study(
     arms=arms,
     judge=judge,
     probe=distributions.look,
+    published="Inception on ImageNet came to 72.2 % in 31.0M steps, with batch norm in 13.3M, at 5 "
+    "times the rate in 2.1M, at 30 times in 2.7M (and ended at 72.2, 72.7, 73.0, 74.8 %); with "
+    "sigmoids, batch norm and 5 times the rate it ended at 69.8 %, with sigmoids alone at chance.",
 )
 
 
@@ -203,7 +206,7 @@ def _sigmoids(config: Config, runs: Mapping[str, Sequence[Run]]) -> Verdict | No
         f"{percent(without[1].median)} at 5 times it: batch norm is ahead by "
         f"{said(ahead[0], points)} and {said(ahead[1], points)} points."
     )
-    return Verdict("Trains sigmoids, which stay behind without it", outcome, text)
+    return Verdict("Sigmoids need batch norm", outcome, text)
 
 
 def _control(config: Config, reached: Mapping[str, Mapping[int, float]]) -> Verdict:
@@ -325,9 +328,9 @@ def _accuracy_figure(
     return lines(
         name=name,
         title=title,
-        caption="Median over the seeds, smoothed over five evaluations; the band spans all seeds. "
-        f"A dot is the median of the steps after which an arm reaches {target:.1%}. Validation "
-        "accuracy is on the same samples in every arm.",
+        caption=f"Median over {len(runs['none'])} seeds, smoothed over five evaluations; the band "
+        f"spans all of them. A dot is the median of the steps after which an arm reaches "
+        f"{target:.1%}. Validation accuracy is on the same samples in every arm.",
         alt=f"Validation accuracy against training steps. {target:.1%} is reached by "
         f"{', '.join(said) or 'no arm'}.",
         drawn=drawn,
