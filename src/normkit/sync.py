@@ -130,8 +130,8 @@ class Merge:
             whole: nothing is masked, so that all channels have the same count.
         """
         everyone, all_whole = self._exchange(own, settings, whole)
-        batch = statistics.pooled(Moments(*everyone.unbind(1)))
-        return batch._replace(n=int(batch.n[0])) if all_whole else batch
+        n, mean, var = statistics.pooled(Moments(*everyone.unbind(1))).spread()
+        return Moments(int(n[0]) if all_whole else n, mean, var)
 
     def total(self, own: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
@@ -152,9 +152,7 @@ class Merge:
         if self._gather(nothing)[:, :_HEADER].any():
             raise self._disagreement(f"{type(error).__name__}: {error}") from error
 
-    def _exchange(
-        self, own: Tensor, settings: Settings, whole: bool
-    ) -> tuple[Tensor, bool]:
+    def _exchange(self, own: Tensor, settings: Settings, whole: bool) -> tuple[Tensor, bool]:
         """(W, 3, C): every rank's moments; and whether they are known to be whole on all."""
         channels = own.shape[1]
         head = [*settings.numbers(), whole]
@@ -202,8 +200,7 @@ class Merge:
 
     def _disagreement(self, own: Any) -> RankError:
         """The error that lists what every rank has, from what this one has; all ranks call it."""
-        said: list[Any] = [None] * self.ranks()
-        dist.all_gather_object(said, own, group=self.process_group)
+        said = gathered(own, self.process_group)
         known = [one for one in said if isinstance(one, dict)]
         differing = [k for k in known[0] if len({one[k] for one in known}) > 1]
         shown = differing or ["channels", "dtype"]
@@ -213,6 +210,15 @@ class Merge:
         ]
         ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
         return RankError(f"all ranks must fit together, got {ranks}")
+
+
+def gathered(value: Any, process_group: Any = None) -> list[Any]:
+    """Every rank's value, in the order of the ranks; where there are none, this one's alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(everyone, value, group=process_group)
+    return everyone
 
 
 def _check_alike(everyone: Tensor) -> None:
@@ -246,4 +252,4 @@ def let_ddp_take(layer: type[nn.Module]) -> None:
         sync = [m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]
         refuse(self, nn.ModuleList(m for m in sync if not isinstance(m, layer)))
 
-    nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = refuse_others
+    setattr(nn.parallel.DistributedDataParallel, refuse.__name__, refuse_others)
