@@ -16,7 +16,16 @@ from normkit.spec import Inputs, Spec
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-interpreted = pytest.mark.skipif(not triton.interpreting(), reason="runs in the process below")
+
+
+@pytest.fixture
+def device(request):
+    """Where the kernels run: on a GPU with `--device cuda`; else interpreted, in a process below."""
+    wanted = request.config.getoption("--device")
+    if wanted != triton.DEVICE:
+        pytest.skip("runs in the process below")
+    return wanted
+
 
 
 def test_the_kernels_are_right_under_tritons_interpreter():

@@ -1,7 +1,7 @@
 """Triton kernels: one read where a pool fits in registers, for dense tensors on an NVIDIA GPU.
 
-With TRITON_INTERPRET=1 the same kernels run under Triton's interpreter on CPU tensors, slowly: for
-tests. Where pools lie is in `triton_plan`, what is done to them in `triton_kernels`.
+Where pools lie is in `triton_plan`, what is done to them in `triton_kernels`. Tests run the same
+kernels under Triton's interpreter: with TRITON_INTERPRET=1 and DEVICE set to "cpu".
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def interpreting() -> bool:
 @functools.cache
 def available() -> str | None:
     """Why this backend can't be used on this machine, or None."""
-    if not interpreting():
+    if DEVICE == "cuda":
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA"
         if not torch.cuda.is_available():
             return "no NVIDIA GPU is available"
+        if interpreting():
+            return "TRITON_INTERPRET=1 is set, which interprets kernels instead of compiling them"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     return None
@@ -51,9 +53,9 @@ def why_not(spec: Spec, inputs: Inputs) -> str | None:
     x = inputs.x
     if spec.conditional:
         return "weight or bias is given per sample"
-    if x.device.type != ("cpu" if interpreting() else DEVICE):
+    if x.device.type != DEVICE:
         return f"x is on {x.device}"
-    if not interpreting() and (met := _capability(x.device)) < OLDEST:
+    if (met := _capability(x.device)) < OLDEST:
         return f"{x.device} has compute capability {met[0]}.{met[1]}, below {OLDEST[0]}.{OLDEST[1]}"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}"
@@ -259,19 +261,19 @@ def _type(dtype: torch.dtype) -> Any:
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else OLDEST
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    if device.type != DEVICE:
+    if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Kernels are launched on the current device."""
-    if device.type != DEVICE or device.index == torch.cuda.current_device():
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
