@@ -187,8 +187,8 @@ def contestants(
             got = flat(step())
             if wanted is None:
                 wanted = got
-            elif (off := apart(got, wanted)) > 0.05:
-                failed[name] = f"off from torch's by {off:.3g} of the largest value"
+            elif (off := apart(got, wanted)) > 0.2:
+                failed[name] = f"off from torch's by {off:.3g} of its norm"
             found[name] = step
             if name == "torch":
                 found["torch again"] = step
@@ -204,10 +204,15 @@ def flat(result: object) -> list[Tensor]:
 
 
 def apart(got: list[Tensor], wanted: list[Tensor]) -> float:
-    """The largest difference over the largest value, of all tensors; NaN counts as infinite."""
+    """The largest ‖a - b‖ / ‖b‖ of all tensors; NaN counts as infinite.
+
+    Not the largest difference of an element: behind a sum that torch rounds to bfloat16 and we do
+    not, relu's derivative is another in one element of a few hundred.
+    """
     worst = 0.0
-    for a, b in zip(got, wanted, strict=False):
-        off = float((a - b).abs().amax() / b.abs().amax().clamp(min=1e-6))
+    for a, b in zip(got, wanted, strict=True):
+        off = float(torch.linalg.vector_norm(a - b, dtype=torch.float32))
+        off /= max(1e-6, float(torch.linalg.vector_norm(b, dtype=torch.float32)))
         worst = max(worst, math.inf if math.isnan(off) else off)
     return worst
 
@@ -364,7 +369,10 @@ def conformance(run: Run) -> None:
                 cwd=ROOT,
                 timeout=max(60, min(run.left(), run.options.conformance_seconds)),
             )
-            ended, output = f"exit code {done.returncode}", done.stdout[-4000:] + done.stderr[-4000:]
+            ended, output = (
+                f"exit code {done.returncode}",
+                done.stdout[-4000:] + done.stderr[-4000:],
+            )
         except subprocess.TimeoutExpired as error:
             ended, output = f"stopped after {error.timeout:.0f} s", str(error.stdout)[-4000:]
         found = outcomes(report)
@@ -486,7 +494,9 @@ def measured(run: Run) -> None:
         run.result["rows"].append(kept)
         run.save()
         shares = {name: kept[name].get("/torch") for name in times}
-        print(f"{case!s:<64} {shares} {'FAILED: ' + ', '.join(failed) if failed else ''}", flush=True)
+        print(
+            f"{case!s:<64} {shares} {'FAILED: ' + ', '.join(failed) if failed else ''}", flush=True
+        )
         if lost is not None:
             print("bench-gpu: the CUDA context is lost; going on in a new process", flush=True)
             again = [*sys.argv, "--seconds", str(run.left()), "--stages", "table"]

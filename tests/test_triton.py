@@ -27,6 +27,8 @@ def device(request):
     return wanted
 
 
+on_kernels = pytest.mark.usefixtures("device")
+
 
 def test_the_kernels_are_right_under_tritons_interpreter():
     """This file's interpreted tests, and the conformance tests that every backend passes."""
@@ -81,8 +83,7 @@ KINDS = [
 ]
 
 
-@interpreted
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("device", "tiles")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(f"{v}" for v in k.values()))
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("call", range(len(CALLS)))
@@ -118,7 +119,7 @@ def test_forward_and_backward_are_the_references(call, last, kind):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-@interpreted
+@on_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_rounded_once(dtype):
     x, weight = torch.randn(6, 40).to(dtype) * 3 + 5, torch.randn(40)
@@ -128,7 +129,7 @@ def test_half_precision_is_rounded_once(dtype):
     torch.testing.assert_close(y.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-@interpreted
+@on_kernels
 def test_a_row_does_not_depend_on_the_others():
     x, dy = torch.randn(2, 33, 100)
     spec = Spec(pool.last(1), 1e-5)
@@ -142,7 +143,7 @@ def test_a_row_does_not_depend_on_the_others():
         assert torch.equal(whole[32:], alone)
 
 
-@interpreted
+@on_kernels
 def test_a_misaligned_view_is_right():
     x = torch.randn(4 * 64 + 1)[1:].view(4, 64)
     y = triton.normalize(Spec(pool.last(1), 1e-5), Inputs(x))[0]

@@ -94,8 +94,11 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
         elif at.split:
             parts = x.new_empty((3, at.chunks, call.indices), dtype=torch.float64)
             run("moments", parts)
-            _merge(call, parts, mean, rstd, var)
-            run("apply")
+            if at.merged:
+                run("apply", parts)
+            else:
+                _merge(call, parts, mean, rstd, var)
+                run("apply")
         else:
             run("both")
     return (y, mean, rstd, var) if total is None else (y, mean, rstd, var, total)
@@ -124,11 +127,16 @@ def normalize_backward(
         *(inputs.mean, inputs.rstd, call.like(dtotal)),
     )
 
-    def run(phase: str, sums: Tensor | None, merged: Tensor | None = None) -> None:
+    def run(
+        phase: str,
+        sums: Tensor | None,
+        parts: Tensor | None = None,
+        merged: Tensor | None = None,
+    ) -> None:
         call.run(
             "backward",
             programs,
-            (*tensors, merged, dx, dz, sums, None if phase == "gradient" else affine),
+            (*tensors, parts, merged, dx, dz, sums, None if phase == "gradient" else affine),
             (at.units, g.pools, programs, rows),
             PHASE=phase,
             GIVEN=spec.given,
@@ -137,18 +145,20 @@ def normalize_backward(
         )
 
     with _on(x.device):
-        sums = None
-        if at.split:
-            if wants or not spec.given:
-                planes = 2 if call.mask is None else 3
-                parts = x.new_empty((planes, at.chunks, call.indices), dtype=call.dtype)
-                run("sums", parts)
-                sums = _fold(call, parts, g.pools, g.group)
-            run("gradient", None, sums)
-        else:
-            if of_pools and wants:
-                sums = x.new_empty((2, 1, g.pools), dtype=call.dtype)
+        sums = x.new_empty((2, g.pools), dtype=call.dtype) if of_pools and wants else None
+        if not at.split:
             run("both", sums)
+        elif spec.given and not wants:
+            run("gradient", None)
+        else:
+            planes = 2 if call.mask is None else 3
+            parts = x.new_empty((planes, at.chunks, call.indices), dtype=call.dtype)
+            run("sums", parts)
+            if at.merged:
+                run("gradient", sums, parts)
+            else:
+                merged = sums = _fold(call, parts, g.pools, g.group)
+                run("gradient", None, merged=merged)
         dbias = dweight = None
         if wants:
             if of_pools:
@@ -208,6 +218,8 @@ class _Call:
             AFFINE=g.affine,
             WHOLE=at.whole,
             STEP=g.step,
+            STAGES=at.stages,
+            MERGED=at.merged or 1,
             A=at.a,
             B=at.b,
             T=_type(self.dtype),
