@@ -29,7 +29,7 @@ import time
 import timeit
 import traceback
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -348,7 +348,7 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def conformance(run: Run) -> None:
-    """The tests that every backend passes, with tensors on the GPU: counts, and failures in full."""
+    """The tests that every backend passes, on the GPU: how many pass, and failures in full."""
     dry = run.device == "cpu"
     files = [str(ROOT / f"tests/test_{name}.py") for name in (FILES[1:2] if dry else FILES)]
     chosen = "reference and formula and silu" if dry else "triton or errors"

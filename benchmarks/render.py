@@ -153,16 +153,19 @@ def kernels(result: dict[str, Any]) -> str:
             " ".join(filter(None, (row["call"], row["kernel"], row["phase"]))),
             "x".join(map(str, row["tile"] or ())),
             str(row["warps"]),
+            f"{row['accesses'].get('16', 0)} / {sum(row['accesses'].values())}",
             *(f"{row[t]['registers']} / {row[t]['spilled']} / {row[t]['shared']}" for t in targets),
         ]
         for row in result["rows"]
     ]
-    head = ["kernel", "tile", "warps", *(f"sm_{t}" for t in targets)]
+    head = ["kernel", "tile", "warps", "16 bytes wide", *(f"sm_{t}" for t in targets)]
     return f"""# The Triton kernels, compiled ahead of time
 
 Written by `benchmarks/render.py` from `benchmarks/results/aot.json`, which `benchmarks/aot.py`
 makes with triton {result["triton"]} and no GPU: registers of a thread / bytes spilled / bytes of
-shared memory. None of this says how fast a kernel is.
+shared memory. "16 bytes wide": how many of the instructions that access global memory are as wide
+as a thread's can be, of all of them (sm_90); the others read and write statistics, weights, masks,
+or rows whose length 16 bytes don't divide. None of this says how fast a kernel is.
 
 {table(head, body)}
 """

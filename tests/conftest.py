@@ -21,7 +21,7 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     if "each_backend" in metafunc.fixturenames:
-        on_triton = backend.triton.DEVICE == metafunc.config.getoption("--device")
+        on_triton = metafunc.config.getoption("--device") == backend.triton.DEVICE
         names = [n for n in backend.BACKENDS if (n == "triton") == on_triton]
         metafunc.parametrize("each_backend", names, indirect=True)
 

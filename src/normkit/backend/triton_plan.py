@@ -41,8 +41,9 @@ SMALL = 1 << 23
 """Elements of x up to which batch norm's launches cost more than its bytes."""
 MERGED = 64
 """Chunks of a unit that whoever needs their sums merges itself, without a launch in between."""
-STAGES = 2
-"""Tiles that are on their way at a time, where a program goes through several."""
+STAGES = {"forward": 2, "backward": 1}
+"""Tiles that are read at a time, where a program goes through several: reading ahead costs a
+backward the registers that a second program on the multiprocessor needs."""
 WARPS_PER_SM = 16
 """Warps that a persistent backward keeps on a multiprocessor."""
 SHORT_RUN = 64
@@ -183,7 +184,9 @@ def launch(g: Geometry, way: Literal["forward", "backward"], given: bool) -> Lau
     merged = 0
     if split and chunks <= MERGED:
         merged = min(_power(chunks), 2048 // (b if g.kept == "columns" else 1))
-    return Launch(a, b, whole, split, units, period, tiles, chunk, chunks, warps, STAGES, merged)
+    return Launch(
+        a, b, whole, split, units, period, tiles, chunk, chunks, warps, STAGES[way], merged
+    )
 
 
 def _small(g: Geometry) -> bool:
