@@ -120,6 +120,40 @@ def test_forward_and_backward_are_the_references(call, last, kind):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("device", "tiles")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(f"{v}" for v in k.values()))
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(5, 6, 7, 3), (3, 4, 10, 10)], ids=str)
+def test_the_split_verbs_make_up_the_fused_pair(shape, last, kind):
+    """Moments, apply, sums and gradient, with nothing merged in between, are batch norm."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, dy, other = (
+        torch.randn(shape, dtype=torch.float64).contiguous(memory_format=layout) * 2 + 3
+        for _ in range(3)
+    )
+    weight, bias = torch.randn(2, shape[1], dtype=torch.float64)
+    mask = torch.rand(shape) < 0.7 if kind["masked"] else None
+    residual = other if kind.get("residual") else None
+    whole, given = (Spec(pool.BATCH, 1e-5, True, kind["act"], g) for g in (False, True))
+    inputs = Inputs(x, weight, bias, residual, mask)
+    n, mean, var = triton.moments(whole, inputs)
+    counts = torch.ones(shape) if mask is None else mask
+    assert torch.equal(n, counts.sum((0, 2, 3), dtype=torch.float64))
+    y, _, rstd, _ = triton.normalize(given, inputs._replace(mean=mean, var=var))
+    want, wmean, wrstd, wvar = reference.normalize(whole, inputs)
+    for got, wanted in zip((y, mean, rstd, var), (want, wmean, wrstd, wvar), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    saved = inputs._replace(mean=mean, rstd=rstd)
+    if residual is not None:
+        saved = saved._replace(residual=None, output=y)
+    total, dweight, dbias = triton.sums(given, saved, dy)
+    dx, dresidual = triton.gradient(given, saved, dy, total / n)
+    expected = reference.normalize_backward(whole, saved, dy)
+    gradients = (dx, dweight, dbias, dresidual)
+    for got, wanted in zip(gradients[: 3 if residual is None else 4], expected, strict=False):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
 # (spec, shape, channels_last), of every kind of unit
 SOME = [
     (Spec(pool.BATCH, 1e-5, act="relu"), (6, 16, 6, 6), False),

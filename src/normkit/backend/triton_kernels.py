@@ -332,7 +332,7 @@ def _two(mean, T: tl.constexpr):
 def _merged(
     parts, chunks, indices, group, pool, known, CENTER: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of pools (1, B) from (count, mean, M2) of their chunks and `group`
+    """Count, mean and variance of pools (1, B) from (count, mean, M2) of their chunks and `group`
     neighbours, so many chunks at a time. Chan's, in float64:
 
     M2 = Σ M2_i + Σ n_i (mean_i - mean)²
@@ -349,7 +349,8 @@ def _merged(
             k = _load(parts, at, exists, tl.float64)
             n += k
             s += k * _load(parts + plane, at, exists, tl.float64)
-    size = tl.maximum(tl.sum(n, 0, keep_dims=True), 1)
+    n = tl.sum(n, 0, keep_dims=True)
+    size = tl.maximum(n, 1)
     m = tl.sum(s, 0, keep_dims=True) / size
     for first in range(0, chunks, MERGED):
         chunk = first + tl.arange(0, MERGED)[:, None].to(tl.int64)
@@ -360,7 +361,7 @@ def _merged(
             if CENTER:
                 d = _load(parts + plane, at, exists, tl.float64) - m
                 q += _load(parts, at, exists, tl.float64) * d * d
-    return m, tl.sum(q, 0, keep_dims=True) / size
+    return n, m, tl.sum(q, 0, keep_dims=True) / size
 
 
 # ---- forward
@@ -416,9 +417,9 @@ def forward(
     if given_mean is not None:
         m = _load(given_mean, pool, known, tl.float64)
         s2 = _load(given_var, pool, known, tl.float64)
-        r = tl.rsqrt(s2.to(T) + eps)
+        r = (1 / tl.sqrt(s2 + eps)).to(T)
     elif PHASE == "apply" and parts is not None:
-        m, s2 = _merged(parts, chunks, indices, group, pool, known, CENTER, MERGED)
+        _, m, s2 = _merged(parts, chunks, indices, group, pool, known, CENTER, MERGED)
         r = (1 / tl.sqrt(s2 + eps)).to(T)
     elif PHASE == "apply":
         m = _load(mean, pool, known, tl.float64)
@@ -464,16 +465,19 @@ def forward(
 
 @triton.jit
 def merge(
-    parts, mean, rstd, var, chunks, indices, pools, group,
+    parts, count, mean, rstd, var, chunks, indices, pools, group,
     eps: tl.constexpr, CENTER: tl.constexpr, MERGED: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """The pools' statistics from their parts, where there are too many for each "apply" to do it."""
+    """The pools' statistics from parts that are too many for each "apply" to merge, or all it takes."""
     pool = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)[None, :]
     known = pool < pools
-    m, v = _merged(parts, chunks, indices, group, pool, known, CENTER, MERGED)
+    n, m, v = _merged(parts, chunks, indices, group, pool, known, CENTER, MERGED)
     tl.store(mean + pool, m, mask=known)
-    tl.store(var + pool, v.to(T), mask=known)
-    tl.store(rstd + pool, (1 / tl.sqrt(v + eps)).to(T), mask=known)
+    tl.store(var + pool, v.to(var.dtype.element_ty), mask=known)
+    if count is not None:
+        tl.store(count + pool, n, mask=known)
+    if rstd is not None:
+        tl.store(rstd + pool, (1 / tl.sqrt(v + eps)).to(T), mask=known)
 
 
 # ---- backward
@@ -577,6 +581,7 @@ def backward(
     source = (x, None, mask)
     parameters = (weight, bias)
     of_pools: tl.constexpr = AFFINE == "pool"
+    reads: tl.constexpr = PHASE == "gradient" or PHASE == "project"
     gathers: tl.constexpr = affine is not None
     holds: tl.constexpr = gathers and COVERS
     plane = tl.cast(affine_rows, tl.int64) * entries
@@ -601,10 +606,10 @@ def backward(
                 db += dz
                 dw += dz * standard
         chunk_plane = tl.cast(chunks, tl.int64) * indices
-        if PHASE == "gradient" and parts is not None:
+        if reads and parts is not None:
             flat = _folded(parts, chunks, indices, group, pool, known, T, MERGED)
             steep = _folded(parts + chunk_plane, chunks, indices, group, pool, known, T, MERGED)
-        elif PHASE == "gradient":
+        elif reads:
             if not GIVEN:
                 flat = _load(merged, pool, known, T)
                 steep = _load(merged + pools, pool, known, T)
@@ -652,7 +657,9 @@ def backward(
                 tl.store(to + 2 * chunk_plane, n, mask=known)
         if PHASE != "sums":
             means = (None, None)
-            if not GIVEN:
+            if PHASE == "project":
+                means = (flat, steep)
+            elif not GIVEN:
                 if PHASE == "gradient" and mask is not None and parts is not None:
                     n = _folded(
                         parts + 2 * chunk_plane, chunks, indices, group, pool, known, T, MERGED
