@@ -279,30 +279,27 @@ def _variance(s, q, n, CENTER: tl.constexpr):
 
 @triton.jit
 def _moments(
-    source, where, unit, begin, end, tile, n, eps: tl.constexpr,
+    source, where, unit, begin, end, tile, n, known, eps: tl.constexpr,
     CENTER: tl.constexpr, KEPT: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance in float64, and rstd; `tile` has the values of a unit of one tile."""
-    one = tl.full([1, 1], 1, T)
+    scale = tl.zeros_like(known).to(T) + 1
     if WHOLE:
         v, counts = tile
-        shift, s, q = _sums_of_tile(v, counts, n, one, CENTER, KEPT)
+        shift, s, q = _sums_of_tile(v, counts, n, scale, CENTER, KEPT)
     else:
         shift, s, q = _sums_of_tiles(
-            source, where, unit, begin, end, one, CENTER, KEPT, STAGES, A, B, T
+            source, where, unit, begin, end, scale, CENTER, KEPT, STAGES, A, B, T
         )
-    narrow = _variance(s, q, n, CENTER)
-    mean = _mean(shift, s, n, CENTER)
-    var = narrow.to(tl.float64)
-    rstd = tl.rsqrt(narrow + eps)
+    var = _variance(s, q, n, CENTER)
     if tl.float32 == T:
-        vast = (narrow <= 1e38) == 0
+        vast = (var <= 1e38) == 0
         lost = vast
         if eps < 1e-20:
-            lost = vast | (narrow < 1e-30)
+            lost = vast | (var < 1e-30)
         if tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0:
-            # Pools are scaled by 2^-80 or 2^80; what the others have stays, bit for bit.
+            # Pools are scaled by 2^-80 or 2^80; the others come out the same, bit for bit.
             down: tl.constexpr = 2.0**-80
             up: tl.constexpr = 2.0**80
             scale = tl.where(lost, tl.where(vast, down, up), 1.0)
@@ -313,12 +310,9 @@ def _moments(
                 shift, s, q = _sums_of_tiles(
                     source, where, unit, begin, end, scale, CENTER, KEPT, STAGES, A, B, T
                 )
-            wide = scale.to(tl.float64)
-            exact = _variance(s, q, n, CENTER).to(tl.float64) / wide / wide
-            mean = tl.where(lost, _mean(shift, s, n, CENTER) / wide, mean)
-            var = tl.where(lost, exact, var)
-            rstd = tl.where(lost, (1 / tl.sqrt(exact + eps)).to(T), rstd)
-    return mean, var, rstd
+    wide = scale.to(tl.float64)
+    exact = _variance(s, q, n, CENTER).to(tl.float64) / wide / wide
+    return _mean(shift, s, n, CENTER) / wide, exact, (1 / tl.sqrt(exact + eps)).to(T)
 
 
 @triton.jit
@@ -428,7 +422,7 @@ def forward(
     else:
         n = _count(mask, where, unit, begin, end, KEPT, A, B, T)
         m, s2, r = _moments(
-            source, where, unit, begin, end, held, tl.maximum(n, 1),
+            source, where, unit, begin, end, held, tl.maximum(n, 1), known,
             eps, CENTER, KEPT, WHOLE, STAGES, A, B, T,
         )  # fmt: skip
     if PHASE == "moments":

@@ -29,8 +29,8 @@ LARGEST = {"forward": 16384, "backward": 8192}
 """Elements of a tile that holds a whole unit in registers, read once."""
 TILE = 4096
 """Elements of a tile of a unit that is larger."""
-PER_THREAD = {"forward": 32, "backward": 16}
-"""Elements of a tile that each thread holds: of x in the forward, of x, dy and two sums behind."""
+PER_THREAD = {"forward": 16, "backward": 16}
+"""Elements of a tile that each thread holds, in so many warps as that takes, up to 16."""
 LOOPED = 65536
 """Elements of a unit that one program reads twice, the second time from L2."""
 CHUNK = 16384
