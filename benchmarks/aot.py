@@ -97,6 +97,7 @@ CALLS = (
     Call("LN masked", pool.last(1), (65536, 4096), masked=True),
     Call("RMS", pool.last(1), (65536, 4096), center=False),
     Call("RMS", pool.last(1), (65536, 8192), center=False),
+    Call("RMS", pool.last(1), (2097152, 100), center=False),
     Call("add+RMS", pool.last(1), (65536, 4096), center=False, add=True),
 )
 

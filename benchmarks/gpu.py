@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch
 
 import normkit
+from normkit.backend import triton_plan
 from normkit.bench import harness
 from normkit.bench.cases import MODES, Case, cases
 from normkit.bench.models import resnet50
@@ -308,7 +309,7 @@ class Run:
         self.result: dict[str, Any] = {}
         if self.out.exists():
             self.result = json.loads(self.out.read_text())
-        machine = facts(self.device)
+        machine = facts(self.device) | ({"plan": options.plan} if options.plan else {})
         if self.result.setdefault("machine", machine) != machine:
             sys.exit(f"bench-gpu: {self.out} was measured on another machine; give another --out")
         self.result.setdefault("copy GB/s", [])
@@ -551,11 +552,24 @@ def warm(todo: list[Case], run: Run) -> None:
 
 def warmed(name: str, device: str, options: argparse.Namespace) -> None:
     """Run every contestant of a case once; what fails is said where it is measured."""
+    plan(options.plan)
     case = next(c for c in table(options.dry) if str(c) == name)
     functorch.donated_buffer = False
     contestants(case, device, compiles(case, options))
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def plan(changes: list[str]) -> None:
+    """Set numbers of the launch table: NAME=VALUE, or NAME.forward=VALUE."""
+    for change in changes:
+        name, value = change.split("=")
+        name, _, way = name.partition(".")
+        if way:
+            getattr(triton_plan, name)[way] = int(value)
+        else:
+            assert isinstance(getattr(triton_plan, name), int), change
+            setattr(triton_plan, name, int(value))
 
 
 def main() -> None:
@@ -567,6 +581,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after")
     parser.add_argument("--conformance-seconds", type=float, default=300)
     parser.add_argument("--compile", choices=("none", "some", "all"), default="some")
+    parser.add_argument("--plan", nargs="*", default=[], help="such as STAGES.forward=1")
     parser.add_argument("--no-warm", action="store_true", help="compile where it is measured")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU: a self-check")
     options = parser.parse_args()
@@ -577,6 +592,7 @@ def main() -> None:
         sys.exit(f"bench-gpu: the triton backend can't be used: {missing}")
     if options.dry:
         torch.set_num_threads(1)
+    plan(options.plan)
     run = Run(options)
     run.save()
     for name, stage in zip(STAGES, (conformance, training, measured), strict=True):
