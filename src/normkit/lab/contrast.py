@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from normkit.lab.figures import Axis, Interval, intervals
-from normkit.lab.measures import arrivals, paired, points, said, speedups, target_of, times
+from normkit.lab.measures import (
+    arrivals,
+    exponential,
+    paired,
+    points,
+    said,
+    speedups,
+    target_of,
+    times,
+)
 from normkit.lab.study import Evidence, Figure
 from normkit.lab.verdict import (
     Estimate,
@@ -75,16 +84,16 @@ class Contrast:
         return settling(max(known) if known and len(known) == len(open_) else None)
 
 
-def contrast(evidence: Evidence, ours: str, theirs: str, base: str) -> Contrast:
+def contrast(evidence: Evidence, ours: str, theirs: str) -> Contrast:
     """Return what arm `ours` has over `theirs` at the best rates.
 
-    The target is 98 % of the median final smoothed validation accuracy of `base`.
+    The target is 98 % of the median final smoothed validation accuracy of `ours`.
     """
     tuned, steps = evidence.tuned, evidence.config.steps
     assert steps is not None
-    target = target_of(tuned[base])
-    reached = [arrivals(tuned[name], target) for name in (theirs, ours)]
-    return Contrast(paired(tuned[ours], tuned[theirs]), speedups(*reached, steps))
+    target = target_of(tuned[ours])
+    slower, quicker = (arrivals(tuned[name], target) for name in (theirs, ours))
+    return Contrast(paired(tuned[ours], tuned[theirs]), speedups(slower, quicker, steps))
 
 
 def contrast_figures(
@@ -96,7 +105,7 @@ def contrast_figures(
     """
     n = max((len(each.accuracy) for _, each in shown.values()), default=0)
     accuracy = {label: estimate(each.accuracy) for label, (_, each) in shown.items()}
-    ratios = {label: _exp(estimate(each.steps)) for label, (_, each) in shown.items()}
+    ratios = {label: exponential(estimate(each.steps)) for label, (_, each) in shown.items()}
     share = {
         label: Estimate(100 * e.median, 100 * e.low, 100 * e.high, e.n)
         for label, e in accuracy.items()
@@ -124,7 +133,3 @@ def contrast_figures(
             level=(math.exp(-STEPS_MARGIN), 1.0, math.exp(STEPS_MARGIN)),
         ),
     ]
-
-
-def _exp(effect: Estimate) -> Estimate:
-    return Estimate(*map(math.exp, (effect.median, effect.low, effect.high)), effect.n)

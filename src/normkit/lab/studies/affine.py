@@ -1,11 +1,11 @@
 """Do the learned scale and shift of a norm matter?
 
 Ioffe & Szegedy 2015, section 3: normalizing alone "may change what the layer can represent", as it
-holds the inputs of a sigmoid to the nearly linear part; a learned scale and shift can undo it. Xu et
-al. 2019 found that layer norm's often do nothing, or harm. They can only matter where the next layer
-can't make up for them: between norm and activation. Behind the activation the next layer's weights
-and bias take in any scale and shift, and the network represents the same without: that is the
-control.
+holds the inputs of a sigmoid to the nearly linear part; a learned scale and shift can undo it. Xu
+et al. 2019 found that layer norm's often do nothing, or harm. They can only matter where the next
+layer can't make up for them: between norm and activation. Behind the activation the next layer's
+weights and bias take in any scale and shift, and the network represents the same without: that is
+the control.
 
 Batch norm with both, with the scale alone, the shift alone, and neither (the others stay 1 and 0),
 where the configuration places it; and with both and neither behind the activation, for the networks
@@ -21,8 +21,8 @@ that can be built so. Each arm at its own rate and at the best of a grid, at whi
   within the margins.
 - Behind the activation they matter little: it holds when both intervals (both over neither, there)
   lie within the margins, is reversed when either lies beyond.
-- Each claim is named beforehand. Each looks at two effects: at six seeds and where the truth is just
-  at the margins it is called wrongly in at most 1 of 32 studies.
+- Each claim is named beforehand. Each looks at two effects: at six seeds and where the truth is
+  just at the margins it is called wrongly in at most 1 of 32 studies.
 
 History: fixed before the first study.
 """
@@ -100,7 +100,7 @@ def finish(at: Probe) -> dict[str, Any]:
 def judge(evidence: Evidence) -> Findings:
     """Return the verdicts, table and figures."""
     pairs = {
-        claim: contrast(evidence, *names, names[0])
+        claim: contrast(evidence, *names)
         for claim, names in CLAIMS.items()
         if set(names) <= evidence.tuned.keys()
     }

@@ -46,6 +46,7 @@ from normkit.lab.figures import ACCURACY, Axis, Interval, Line, intervals, lines
 from normkit.lab.measures import (
     VALIDATION,
     arrivals,
+    exponential,
     paired,
     percent,
     points,
@@ -509,8 +510,7 @@ def _figures(
 def _ratios(runs: Mapping[str, Sequence[Run]], n: int) -> Figure:
     rows, words = [], []
     for curve, name in ROUGHNESS.items():
-        logs = estimate(smoothing(runs["batch"], runs["none"], curve))
-        effect = Estimate(_exp(logs.median), _exp(logs.low), _exp(logs.high), logs.n)
+        effect = exponential(estimate(smoothing(runs["batch"], runs["none"], curve)))
         rows.append(Interval(name, COLOURS["batch"], effect))
         words.append(f"{name} {effect.median:.2f} ({effect.low:.2f} to {effect.high:.2f})")
     return intervals(
@@ -523,10 +523,6 @@ def _ratios(runs: Mapping[str, Sequence[Run]], n: int) -> Figure:
         x=Axis("no norm ÷ batch norm", log=True),
         level=1.0,
     )
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
 
 
 def _along(arm: Arm, runs: Sequence[Run]) -> Line | None:

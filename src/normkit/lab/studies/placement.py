@@ -6,17 +6,17 @@ slightly better after ReLU in one network and worse in another. One network for 
 place, each at its own rate and at the best of a grid, at which the rule looks:
 
 - Effects, per seed, before over after with the same activation: the difference in test accuracy,
-  and the log ratio of the steps to the target, which is 98 % of the median final smoothed validation
-  accuracy of the network with the norm before. A run that never reaches it counts as reaching it at
-  the very end.
+  and the log ratio of the steps to the target, which is 98 % of the median final smoothed
+  validation accuracy of the network with the norm before. A run that never reaches it counts as
+  reaching it at the very end.
 - Little difference, with tanh and with ReLU: it holds when the intervals of both medians lie within
   the margins, one percentage point of accuracy and a factor of 1.5 in steps; it is reversed when
   either lies beyond its margin, whichever side. Not to have shown a difference is no little one.
 - Before is better with sigmoid: it holds when either interval lies above its margin and neither
   below its negative one, is reversed the other way round, and is "little difference" when both lie
   within.
-- Each claim is named beforehand. Each looks at two effects: at six seeds and where the truth is just
-  at the margins it is called wrongly in at most 1 of 32 studies.
+- Each claim is named beforehand. Each looks at two effects: at six seeds and where the truth is
+  just at the margins it is called wrongly in at most 1 of 32 studies.
 
 Probed along each run on the batch of the next step, in training mode, for each activation and layer
 of weights: the share of saturated units, whose activation's slope is below a twentieth of its
@@ -113,9 +113,9 @@ def judge(evidence: Evidence) -> Findings:
     """Return the verdicts, table and figures."""
     tuned = evidence.tuned
     pairs = {
-        activation: contrast(evidence, *names, names[0])
+        activation: contrast(evidence, f"{activation}-before", f"{activation}-after")
         for activation in LABELS
-        if set(names := [f"{activation}-{place}" for place in PLACES]) <= tuned.keys()
+        if {f"{activation}-{place}" for place in PLACES} <= tuned.keys()
     }
     verdicts = [_verdict(evidence, activation, pair) for activation, pair in pairs.items()]
     n = evidence.config.seeds
@@ -183,8 +183,8 @@ def _verdict(evidence: Evidence, activation: str, pair: Contrast) -> Verdict:
     )
     if outcome == "inconclusive":
         text += pair.settled_by()
-    claim = "Before is better with sigmoid" if sigmoid else f"Little difference with {LABELS[activation]}"
-    return Verdict(claim, outcome, text)
+    claim = "Before is better with" if sigmoid else "Little difference with"
+    return Verdict(f"{claim} {LABELS[activation]}", outcome, text)
 
 
 def _row(evidence: Evidence, arm: Arm) -> list[str]:
@@ -284,10 +284,8 @@ def _figures(evidence: Evidence, pairs: dict[str, Contrast]) -> Iterator[Figure]
 def _layer_lines(evidence: Evidence, activation: str, kind: str) -> Iterator[Line | None]:
     for place, colour in PLACES.items():
         runs = evidence.tuned[f"{activation}-{place}"]
-        names = _curves(runs, "saturated")
-        for name, layer, dash in zip(
-            (names[0], names[-1]) if names else (), ("first", "last"), ("solid", "dot"), strict=False
-        ):
+        names = _curves(runs, "saturated") or [""]
+        for name, layer, dash in ((names[0], "first", "solid"), (names[-1], "last", "dot")):
             curve = name.replace("saturated", kind)
             line = over_seeds(f"norm {place}, {layer} layer", colour, runs, curve, dash)
             yield line and replace(line, low=None, high=None)
