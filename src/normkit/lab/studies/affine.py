@@ -28,6 +28,7 @@ History: fixed before the first study.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from normkit.lab.arms import Arm
@@ -207,22 +208,23 @@ def _figures(evidence: Evidence, pairs: Mapping[str, Contrast]) -> Iterator[Figu
         "with and without learned scale and shift",
         "learning them",
     )
+    drawn = [
+        over_seeds(
+            arm.label.replace("norm after the activation", "after act."),
+            COLOURS[arm.name],
+            evidence.tuned[arm.name],
+            VALIDATION,
+            "dot" if arm in BEHIND else "solid",
+            smooth=1,
+        )
+        for arm in evidence.arms
+    ]
     yield lines(
         name="accuracy",
         title="Validation accuracy over training",
         caption=f"Median of {evidence.config.seeds} seeds, smoothed over five evaluations, each "
-        "arm at its best rate; the band spans all seeds. Dotted: norm after the activation.",
+        "arm at its best rate. Dotted: norm after the activation.",
         alt="Validation accuracy against training steps, a line for each arm.",
-        drawn=[
-            over_seeds(
-                arm.label.replace(", norm after the activation", ", after act."),
-                COLOURS[arm.name],
-                evidence.tuned[arm.name],
-                VALIDATION,
-                "dot" if arm in BEHIND else "solid",
-                smooth=1,
-            )
-            for arm in evidence.arms
-        ],
+        drawn=[line and replace(line, low=None, high=None) for line in drawn],
         x=Axis("training steps", log=True, format=","),
     )

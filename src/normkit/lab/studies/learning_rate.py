@@ -102,8 +102,8 @@ def finish(at: Probe) -> dict[str, Any]:
 def working(logs: Sequence[float], values: Sequence[float], share: float) -> tuple[float, float]:
     """Return the ends of the range around the best of `values` that has `share` of the best.
 
-    `values` are taken for linear between the ascending `logs`; the range ends at their ends. It is a
-    single point without a value above 0.
+    `values` are taken for linear between the ascending `logs`; the range ends at their ends. It is
+    a single point without a value above 0.
     """
     best = max(range(len(values)), key=lambda i: values[i])
     if not values[best] > 0:
