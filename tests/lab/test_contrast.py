@@ -10,6 +10,7 @@ from normkit.lab.config import Config
 from normkit.lab.contrast import Contrast, contrast
 from normkit.lab.studies import affine, placement
 from normkit.lab.study import Evidence
+from normkit.lab.verdict import any_of, seeds_to_place, seeds_to_settle
 
 CONFIG = Config(steps=400).resolved("placement")
 SIGMOID = "Before is better with sigmoid"
@@ -134,3 +135,28 @@ def test_one_effect_within_and_one_open_is_open():
     assert Contrast([0.0] * 6, [0.5, -0.5] * 3).negligible() == "inconclusive"
     assert Contrast([0.05] * 6, [0.5, -0.5] * 3).matters() == "holds"
     assert "seeds" in Contrast([0.0] * 6, [0.5, -0.5] * 3).settled_by()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["holds", "inconclusive"], "holds"),
+        (["little difference", "reversed"], "reversed"),
+        (["holds", "reversed"], "inconclusive"),
+        (["little difference", "little difference"], "little difference"),
+        (["little difference", "inconclusive"], "inconclusive"),
+        (["holds", "range only"], "range only"),
+    ],
+)
+def test_one_of_several_effects_is_enough_where_none_contradicts(words, said):
+    assert any_of(words) == said
+
+
+def test_the_seeds_that_place_an_effect_are_those_of_its_harder_side():
+    # Inside -1 and 1 but for one above: 1 is the harder side, -1 would be settled soon.
+    values = [0.0, 0.1, -0.1, 0.2, 0.0, 1.5]
+    above = seeds_to_settle([value - 1 for value in values])
+    assert seeds_to_place(values, 1.0) == above
+    assert above > seeds_to_settle([value + 1 for value in values])
+    # As many above 1 as below: no number of seeds would tell.
+    assert seeds_to_place([0.9, 1.1] * 3, 1.0) is None

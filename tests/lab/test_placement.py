@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -90,10 +91,14 @@ def test_the_norm_stands_where_the_arm_says_at_the_activations_own_rate():
         activation, place = arm.name.split("-")
         assert config.lr == rates[activation]
         kinds = [type(module).__name__.lower() for module in build(config, DATA, arm, 0)][2:4]
-        assert kinds == (["batchnorm", activation] if place == "before" else [activation, "batchnorm"])
+        assert kinds == (
+            ["batchnorm", activation] if place == "before" else [activation, "batchnorm"]
+        )
     for model in ("mlp", "cnn", "resnet"):
         given = dataclasses.replace(GIVEN, model=model)
-        check(DATA, [(arm, arm.applied(given, "placement", 1.0)) for arm in STUDY.arms(given, DATA)])
+        check(
+            DATA, [(arm, arm.applied(given, "placement", 1.0)) for arm in STUDY.arms(given, DATA)]
+        )
 
 
 def test_what_a_users_model_cannot_honour_is_not_applicable():
@@ -135,7 +140,7 @@ def test_behind_the_activation_scale_and_shift_change_nothing_that_can_be_repres
             norm.bias.uniform_(-1, 1)
         wanted = model(x)
         modules = list(model)
-        for norm, after in zip(modules, modules[1:], strict=False):
+        for norm, after in pairwise(modules):
             if isinstance(norm, normkit.BatchNorm):
                 after.bias.add_(after.weight @ norm.bias)
                 after.weight.mul_(norm.weight)
