@@ -104,7 +104,7 @@ def test_every_optimizer_starts_at_its_own_rate_and_a_given_one_is_of_the_config
 
 def test_too_few_samples_are_said():
     few = dataclasses.replace(DATA, train=tuple(part[:200] for part in DATA.train))
-    with pytest.raises(NotApplicable, match="200 training samples; .* 4 batches of 60"):
+    with pytest.raises(NotApplicable, match=r"200 training samples; .* 4 batches of 60"):
         arms(CONFIG, few)
 
 
