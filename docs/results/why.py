@@ -20,6 +20,7 @@ from normkit.lab.measures import percent, said
 from normkit.lab.models import build, layers, norms
 from normkit.lab.probe import Probe, look
 from normkit.lab.studies import affine, placement
+from normkit.lab.studies.optimizer import probe as sharpness
 from normkit.lab.train import advance, make_optimizer, score
 from normkit.lab.verdict import estimate
 
@@ -27,7 +28,7 @@ SEEDS, STEPS = range(6), 750
 DATA = load_data(Config().resolved("why"))
 
 
-def trained(arm: Arm, change: Callable[[nn.Module], None]) -> dict[str, str]:
+def trained(arm: Arm, change: Callable[[nn.Module], None], rate: float = 1.0) -> dict[str, str]:
     """Return test accuracies of the arm's network, changed before it is trained."""
     config = arm.applied(Config(steps=STEPS), "why", 1.0)
     accuracies, saturated = [], []
@@ -35,7 +36,7 @@ def trained(arm: Arm, change: Callable[[nn.Module], None]) -> dict[str, str]:
         model = build(config, DATA, arm, seed)
         with torch.no_grad():
             change(model)
-        optimizer = make_optimizer(model, config, 1.0)
+        optimizer = make_optimizer(model, config, rate)
         batches = Batches(DATA.train, config.batch_size, seed)
         at = Probe(model, optimizer, batches, 0, DATA, config, arm, seed)
         seen = look(placement.probe, at)
@@ -68,6 +69,27 @@ def scaled(factor: float) -> Callable[[nn.Module], None]:
     return change
 
 
+def at_equal_loss(arm: Arm, rate: float, level: float = 0.1) -> dict[str, str]:
+    """Return the curvature when the loss has come down to `level`, and the weights' size there."""
+    config = arm.applied(Config(steps=STEPS), "why", 1.0)
+    curved, sizes = [], []
+    for seed in SEEDS:
+        model = build(config, DATA, arm, seed)
+        optimizer = make_optimizer(model, config, rate)
+        batches = Batches(DATA.train, config.batch_size, seed)
+        for step in range(0, 2 * STEPS, 10):
+            advance(model, optimizer, batches, step, step + 10)
+            at = Probe(model, optimizer, batches, step + 10, DATA, config, arm, seed)
+            seen = look(sharpness, at)
+            if seen["sample_loss"] <= level:
+                break
+        curved.append(seen["curvature"])
+        sizes.append(sum(float(p.detach().square().sum()) for p in model.parameters()))
+    relative = [value * size for value, size in zip(curved, sizes, strict=True)]
+    values = {"largest eigenvalue": curved, "squared weights": sizes, "their product": relative}
+    return {name: said(estimate(each), lambda v: f"{v:.3g}") for name, each in values.items()}
+
+
 def main() -> None:
     """Write the results."""
     torch.set_num_threads(1)
@@ -79,7 +101,13 @@ def main() -> None:
             for place in placement.PLACES
         },
         "affine: neither scale nor shift learned, scales fixed at": {
-            f"{factor:g}": trained(arms["neither"], scaled(factor)) for factor in (0.05, 0.2, 1.0)
+            f"{factor:g}, rate {rate:g}": trained(arms["neither"], scaled(factor), rate)
+            for factor in (0.05, 0.2, 1.0)
+            for rate in (1.0, 10.0)
+        },
+        "optimizer: curvature where the training loss came down to 0.1": {
+            "no norm, rate 3": at_equal_loss(Arm("none", "no norm"), 3.0),
+            "batch norm, rate 1": at_equal_loss(Arm("batch", "batch norm", norm="batch"), 1.0),
         },
     }
     text = json.dumps(found, indent=1, ensure_ascii=False)

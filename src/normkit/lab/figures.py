@@ -128,10 +128,11 @@ def panels(
     x: Axis = STEPS,
     y: Axis = ACCURACY,
 ) -> Figure:
-    """Return panels side by side with one vertical axis; equal labels share a legend's entry."""
+    """Return panels side by side, their axes alike; equal labels share a legend's entry."""
     traces: list[dict[str, Any]] = []
     layout: dict[str, Any] = {"yaxis": _axis(y), "annotations": [], "names": "below"}
     named: set[str] = set()
+    across = [v for _, drawn in shown for line in drawn if line is not None for v in line.x]
     for place, (heading, drawn) in enumerate(shown):
         suffix = "" if place == 0 else str(place + 1)
         present = [line for line in drawn if line is not None]
@@ -144,7 +145,7 @@ def panels(
                 traces.append(trace)
         left, right = _domain(place, len(shown))
         layout[f"xaxis{suffix}"] = {
-            **_axis(x, [v for line in present for v in line.x], most=3 if len(shown) > 2 else 6),
+            **_axis(x, across, most=3 if len(shown) > 2 else 6),
             "domain": [left, right],
             "nticks": 5,
         }
