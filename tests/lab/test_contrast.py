@@ -157,6 +157,7 @@ def test_the_seeds_that_place_an_effect_are_those_of_its_harder_side():
     values = [0.0, 0.1, -0.1, 0.2, 0.0, 1.5]
     above = seeds_to_settle([value - 1 for value in values])
     assert seeds_to_place(values, 1.0) == above
+    assert seeds_to_place([-value for value in values], 1.0) == above
     assert above > seeds_to_settle([value + 1 for value in values])
     # As many above 1 as below: no number of seeds would tell.
     assert seeds_to_place([0.9, 1.1] * 3, 1.0) is None

@@ -4,15 +4,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from normkit.lab.arms import Arm
 from normkit.lab.figures import Axis, Interval, intervals
 from normkit.lab.measures import (
     arrivals,
+    count,
     exponential,
     paired,
+    percent,
     points,
     said,
     speedups,
     target_of,
+    tested,
     times,
 )
 from normkit.lab.study import Evidence, Figure
@@ -94,6 +98,28 @@ def contrast(evidence: Evidence, ours: str, theirs: str) -> Contrast:
     target = target_of(tuned[ours])
     slower, quicker = (arrivals(tuned[name], target) for name in (theirs, ours))
     return Contrast(paired(tuned[ours], tuned[theirs]), speedups(slower, quicker, steps))
+
+
+REACHED = (
+    "Test accuracy, own rate",
+    "Best factor",
+    "Test accuracy, best rate",
+    "Steps to the target",
+)
+"""The columns of `reached_cells` behind the arm's own."""
+
+
+def reached_cells(evidence: Evidence, arm: Arm, base: str) -> list[str]:
+    """Return an arm's row of a table: its label and REACHED; the target is that of arm `base`."""
+    runs, tuned = evidence.runs[arm.name], evidence.tuned[arm.name]
+    target = target_of(evidence.tuned.get(base, tuned))
+    return [
+        arm.label,
+        said(estimate([tested(run) for run in runs]), percent),
+        f"{evidence.factors[arm.name]:g}×",
+        said(estimate([tested(run) for run in tuned]), percent),
+        said(estimate(list(arrivals(tuned, target).values())), count),
+    ]
 
 
 def contrast_figures(

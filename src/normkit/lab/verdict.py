@@ -56,6 +56,12 @@ class Verdict:
     because: str
 
 
+def headline(verdicts: Sequence[Verdict]) -> str:
+    """Return the verdicts in one line."""
+    said = [f"{verdict.claim.lower()}: {verdict.word}" for verdict in verdicts]
+    return "; ".join(said) or "no comparison was run"
+
+
 def estimate(values: Sequence[float]) -> Estimate:
     """Return the median and its exact interval (at least 95 %); infinity is a value like any.
 

@@ -33,15 +33,15 @@ from typing import Any
 
 from normkit.lab.arms import Arm
 from normkit.lab.config import Config
-from normkit.lab.contrast import Contrast, contrast, contrast_figures
+from normkit.lab.contrast import REACHED, Contrast, contrast, contrast_figures, reached_cells
 from normkit.lab.data import Data
 from normkit.lab.figures import Axis, lines, over_seeds
-from normkit.lab.measures import VALIDATION, arrivals, count, percent, said, target_of, tested
+from normkit.lab.measures import VALIDATION, percent, tested
 from normkit.lab.models import norms
 from normkit.lab.probe import Probe
 from normkit.lab.store import Run
 from normkit.lab.study import Evidence, Figure, Findings, Study
-from normkit.lab.verdict import Verdict, estimate
+from normkit.lab.verdict import Verdict, estimate, headline
 
 ARMS = (
     Arm("both", "scale and shift", norm="batch"),
@@ -108,15 +108,11 @@ def judge(evidence: Evidence) -> Findings:
     verdicts = [_verdict(evidence, claim, pair) for claim, pair in pairs.items()]
     n = evidence.config.seeds
     return Findings(
-        headline="; ".join(f"{v.claim.lower()}: {v.word}" for v in verdicts)
-        or "no comparison was run",
+        headline=headline(verdicts),
         verdicts=verdicts,
         columns=[
             "Learned",
-            "Test accuracy, own rate",
-            "Best factor",
-            "Test accuracy, best rate",
-            "Steps to the target",
+            *REACHED,
             "Scales at the end, by norm",
             "Shifts at the end, by norm",
             "Diverged",
@@ -172,14 +168,9 @@ def _verdict(evidence: Evidence, claim: str, pair: Contrast) -> Verdict:
 
 
 def _row(evidence: Evidence, arm: Arm) -> list[str]:
-    runs, tuned = evidence.runs[arm.name], evidence.tuned[arm.name]
-    target = target_of(evidence.tuned.get(_base(arm.name), tuned))
+    tuned = evidence.tuned[arm.name]
     return [
-        arm.label,
-        said(estimate([tested(run) for run in runs]), percent),
-        f"{evidence.factors[arm.name]:g}×",
-        said(estimate([tested(run) for run in tuned]), percent),
-        said(estimate(list(arrivals(tuned, target).values())), count),
+        *reached_cells(evidence, arm, _base(arm.name)),
         _learned(tuned, "weight"),
         _learned(tuned, "bias"),
         f"{sum(run.status == 'diverged' for run in tuned)} of {len(tuned)}",

@@ -59,7 +59,7 @@ from normkit.lab.models import build, layers
 from normkit.lab.probe import Probe, hessian
 from normkit.lab.store import Run
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import Verdict, all_of, compare, estimate, settled_by, word
+from normkit.lab.verdict import Verdict, all_of, compare, estimate, headline, settled_by, word
 
 ARMS = (
     Arm("standardized", "standardized", options={"inputs": "standardized"}),
@@ -245,8 +245,7 @@ def judge(evidence: Evidence) -> Findings:
         ]
     where = "here all features come in one range" if one_range else "on this data"
     return Findings(
-        headline="; ".join(f"{v.claim.lower()}: {v.word}" for v in verdicts)
-        or "no comparison was run",
+        headline=headline(verdicts),
         verdicts=verdicts,
         columns=[
             "Inputs",

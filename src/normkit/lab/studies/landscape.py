@@ -60,7 +60,7 @@ from normkit.lab.models import build, layers
 from normkit.lab.probe import Probe, untouched
 from normkit.lab.store import Run
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import Estimate, Verdict, all_of, estimate, settled_by, word
+from normkit.lab.verdict import Estimate, Verdict, all_of, estimate, headline, settled_by, word
 
 ARMS = (
     Arm("none", "no norm"),
@@ -252,8 +252,7 @@ def judge(evidence: Evidence) -> Findings:
     if {"batch", "detached"} <= runs.keys():
         verdicts.append(_detached(config, runs, tuned, reached, target))
     return Findings(
-        headline="; ".join(f"{v.claim.lower()}: {v.word}" for v in verdicts)
-        or "no comparison was run",
+        headline=headline(verdicts),
         verdicts=verdicts,
         columns=[
             "Arm",

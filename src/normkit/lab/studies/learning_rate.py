@@ -51,6 +51,7 @@ from normkit.lab.verdict import (
     Verdict,
     compare,
     estimate,
+    headline,
     matters,
     negligible,
     seeds_to_place,
@@ -182,8 +183,7 @@ def judge(evidence: Evidence) -> Findings:
     compared = compare(family)
     missing = len(FACTORS) * len(names) - len(runs)
     return Findings(
-        headline="; ".join(f"{v.claim.lower()}: {v.word}" for v in verdicts)
-        or "no comparison was run",
+        headline=headline(verdicts),
         verdicts=verdicts,
         columns=[
             "Arm",

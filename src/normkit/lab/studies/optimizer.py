@@ -63,6 +63,7 @@ from normkit.lab.verdict import (
     Verdict,
     compare,
     estimate,
+    headline,
     negligible,
     seeds_to_place,
     settled_by,
@@ -224,8 +225,7 @@ def judge(evidence: Evidence) -> Findings:
         verdicts.append(verdict)
     left_out = len(tuned["sgd-none"]) - len(seeds)
     return Findings(
-        headline="; ".join(f"{v.claim.lower()}: {v.word}" for v in verdicts)
-        or "no comparison was run",
+        headline=headline(verdicts),
         verdicts=verdicts,
         columns=[
             "Arm",

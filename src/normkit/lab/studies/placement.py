@@ -34,23 +34,19 @@ from torch import Tensor, nn
 
 from normkit.lab.arms import Arm
 from normkit.lab.config import Config
-from normkit.lab.contrast import Contrast, contrast, contrast_figures
+from normkit.lab.contrast import REACHED, Contrast, contrast, contrast_figures, reached_cells
 from normkit.lab.data import Data
 from normkit.lab.figures import ACCURACY, Axis, Line, over_seeds, panels
 from normkit.lab.measures import (
     VALIDATION,
-    arrivals,
-    count,
     percent,
-    said,
-    target_of,
     tested,
 )
 from normkit.lab.models import layers
 from normkit.lab.probe import Probe
 from normkit.lab.store import Run
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import Verdict, estimate
+from normkit.lab.verdict import Verdict, estimate, headline
 
 LABELS = {"sigmoid": "sigmoid", "tanh": "tanh", "relu": "ReLU"}
 PLACES = {"before": 1, "after": 5}
@@ -120,15 +116,11 @@ def judge(evidence: Evidence) -> Findings:
     verdicts = [_verdict(evidence, activation, pair) for activation, pair in pairs.items()]
     n = evidence.config.seeds
     return Findings(
-        headline="; ".join(f"{v.claim.lower()}: {v.word}" for v in verdicts)
-        or "no comparison was run",
+        headline=headline(verdicts),
         verdicts=verdicts,
         columns=[
             "Arm",
-            "Test accuracy, own rate",
-            "Best factor",
-            "Test accuracy, best rate",
-            "Steps to its activation's target",
+            *REACHED,
             "Saturated at the end, by activation",
             "Gradient norm at the end, by layer",
             "Diverged",
@@ -188,15 +180,9 @@ def _verdict(evidence: Evidence, activation: str, pair: Contrast) -> Verdict:
 
 
 def _row(evidence: Evidence, arm: Arm) -> list[str]:
-    runs, tuned = evidence.runs[arm.name], evidence.tuned[arm.name]
-    first = f"{arm.options['activation']}-before"
-    target = target_of(evidence.tuned.get(first, tuned))
+    tuned = evidence.tuned[arm.name]
     return [
-        arm.label,
-        said(estimate([tested(run) for run in runs]), percent),
-        f"{evidence.factors[arm.name]:g}×",
-        said(estimate([tested(run) for run in tuned]), percent),
-        said(estimate(list(arrivals(tuned, target).values())), count),
+        *reached_cells(evidence, arm, f"{arm.options['activation']}-before"),
         ", ".join(f"{value:.0%}" for value in _last(tuned, "saturated")),
         ", ".join(f"{value:.2g}" for value in _last(tuned, "gradient")),
         f"{sum(run.status == 'diverged' for run in tuned)} of {len(tuned)}",
