@@ -40,12 +40,16 @@ struct Call {
   bool center, given;
   Act act;
   double* mean;    // per pool; read where given, or in a backward
-  void *rstd, *var;  // per pool, compute dtype
+  void *rstd, *var;  // per pool, compute dtype; rstd is read where given
+  double *count, *variance;  // per pool, where moments alone are wanted; y is null then
   void* y;
   // A backward reads these, and writes to dx, dz and the sums of each affine entry.
   const void *dy, *dtotal, *output;
+  // dx is null where the sums alone are wanted; flat and steep, <g> and <g x̂> of each pool, may be
+  // there where the statistics are given, and are 0 otherwise.
   void *dx, *dz;
   double *dweight, *dbias;
+  const double *flat, *steep;
 };
 
 // Runs task(begin, end) over parts of [0, n) on torch's threads.

@@ -258,12 +258,12 @@ struct Core {
   static void finish_moments(const Call& c, const Moments& m, int64_t pool) {
     double var = m.n > 0 ? m.m2 / m.n : 0;
     c.mean[pool] = m.mean;
+    if (c.count) {
+      c.count[pool] = m.n;
+      c.variance[pool] = var;
+      return;
+    }
     static_cast<T*>(c.var)[pool] = static_cast<T>(var);
-    static_cast<T*>(c.rstd)[pool] = static_cast<T>(1 / std::sqrt(var + c.eps));
-  }
-
-  static void take_given(const Call& c, int64_t pool) {
-    double var = static_cast<T*>(c.var)[pool];
     static_cast<T*>(c.rstd)[pool] = static_cast<T>(1 / std::sqrt(var + c.eps));
   }
 };
@@ -449,14 +449,12 @@ struct RowKernel : Core<S, K> {
         for (int64_t p = begin; p < end; ++p) {
           if (c.add)
             for (int64_t s = 0; s < g.segments; ++s) Base::add(c, offset(p, s), g.length);
-          if (c.given) {
-            Base::take_given(c, p);
-          } else {
+          if (!c.given) {
             Moments m = moments(p, 0);
             for (int64_t i = 1; i < statistic.count; ++i) m.merge(moments(p, i));
             Base::finish_moments(c, m, p);
           }
-          apply(p, 0, g.segments, 0, g.length);
+          if (c.y) apply(p, 0, g.segments, 0, g.length);
         }
       });
       return;
@@ -465,9 +463,7 @@ struct RowKernel : Core<S, K> {
       pieces([&](int64_t p, int64_t s, int64_t begin, int64_t size) {
         Base::add(c, offset(p, s) + begin, size);
       });
-    if (c.given) {
-      for (int64_t p = 0; p < g.pools; ++p) Base::take_given(c, p);
-    } else {
+    if (!c.given) {
       int64_t each = statistic.count;
       Array<Moments> parts(g.pools * each);
       parallel_for(g.pools * each, max(1, kGrain / kBlock), [&](int64_t begin, int64_t end) {
@@ -480,6 +476,7 @@ struct RowKernel : Core<S, K> {
         Base::finish_moments(c, m, p);
       }
     }
+    if (!c.y) return;
     pieces([&](int64_t p, int64_t s, int64_t begin, int64_t size) { apply(p, s, 1, begin, size); });
   }
 
@@ -571,7 +568,8 @@ struct RowKernel : Core<S, K> {
   }
 
   Sums mean_of(int64_t pool, Sums total) const {
-    double n = c.given ? 0 : count(pool);
+    if (c.given) return c.flat ? Sums(c.flat[pool], c.steep[pool]) : Sums();
+    double n = count(pool);
     if (n == 0) return Sums();
     return Sums(c.center ? total.dz / n : 0, total.dzx / n);
   }
@@ -606,7 +604,7 @@ struct RowKernel : Core<S, K> {
           if (summing)
             for (int64_t k = 0; k < kinds; ++k)
               for (int64_t i = 0; i < each; ++i) mine[k] += kind_sums(p, k, i);
-          gradient(p, 0, g.segments, 0, g.length, mean(p, mine));
+          if (c.dx) gradient(p, 0, g.segments, 0, g.length, mean(p, mine));
         }
       });
     } else {
@@ -622,9 +620,10 @@ struct RowKernel : Core<S, K> {
           for (int64_t i = 0; i < per_pool; ++i) parts[p * kinds + i / each] += small[p * per_pool + i];
         means[p] = mean(p, &parts[p * kinds]);
       }
-      pieces([&](int64_t p, int64_t s, int64_t begin, int64_t size) {
-        gradient(p, s, 1, begin, size, means[p]);
-      });
+      if (c.dx)
+        pieces([&](int64_t p, int64_t s, int64_t begin, int64_t size) {
+          gradient(p, s, 1, begin, size, means[p]);
+        });
     }
     if (!wants) return;
     parallel_for(g.period, max(1, kGrain / max(1, g.pools / g.period * kinds)),
@@ -878,6 +877,14 @@ struct ColumnKernel : Core<S, K> {
     const double whole = 1 / all.n[0];
     T *var = static_cast<T*>(c.var) + first, *rstd = static_cast<T*>(c.rstd) + first;
     double* mean = c.mean + first;
+    if (c.count) {
+      for (int64_t j = 0; j < u.width; ++j) {
+        c.count[first + j] = all.n[j];
+        mean[j] = all.mean[j];
+        c.variance[first + j] = all.m2[j] * inverse(all.n[j], whole);
+      }
+      return;
+    }
     for (int64_t j = 0; j < u.width; ++j) {
       double v = all.m2[j] * inverse(all.n[j], whole);
       mean[j] = all.mean[j];
@@ -924,8 +931,6 @@ struct ColumnKernel : Core<S, K> {
 
   void forward() const {
     int64_t units = g.outer * tiles, unit_size = max(1, g.rows * tile);
-    if (c.given)
-      for (int64_t p = 0; p < g.outer * g.columns / g.group; ++p) Base::take_given(c, p);
     if (fused()) {
       parallel_for(units, max(1, kGrain / unit_size), [&](int64_t begin, int64_t end) {
         Array<double> n(tile), mean(tile), m2(tile);
@@ -939,6 +944,7 @@ struct ColumnKernel : Core<S, K> {
             }
             finish(u, all);
           }
+          if (!c.y) continue;
           Standard st(*this, u);
           for (int64_t b = 0; b < blocks; ++b) apply(u, st, b);
         }
@@ -966,6 +972,7 @@ struct ColumnKernel : Core<S, K> {
         });
         finish(u, all);
       }
+      if (!c.y) continue;
       Standard st(*this, u);
       // Last blocks first: they are the likeliest to be still in cache.
       parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
@@ -1047,10 +1054,17 @@ struct ColumnKernel : Core<S, K> {
           total_gx += w * dzx[j];
           count += n[j];
         }
-        bool none = k.c.given || count == 0;
+        double mean_g = 0, mean_gx = 0;
+        if (k.c.flat) {
+          mean_g = k.c.flat[k.first_pool(u) + p];
+          mean_gx = k.c.steep[k.first_pool(u) + p];
+        } else if (!k.c.given && count > 0) {
+          mean_g = k.c.center ? total_g / count : 0;
+          mean_gx = total_gx / count;
+        }
         for (int64_t j = p * g.group; j < (p + 1) * g.group; ++j) {
-          flat[j] = none || !k.c.center ? T(0) : static_cast<T>(total_g / count * st.rstd[j]);
-          steep[j] = none ? T(0) : static_cast<T>(total_gx / count * st.rstd[j]);
+          flat[j] = static_cast<T>(mean_g * st.rstd[j]);
+          steep[j] = static_cast<T>(mean_gx * st.rstd[j]);
         }
       }
     }
@@ -1120,6 +1134,7 @@ struct ColumnKernel : Core<S, K> {
                 minex[j] += q[j];
               }
             }
+          if (!c.dx) continue;
           counts(u, n.get());
           Means means(*this, u, st, mine, minex, n.get());
           for (int64_t b = 0; b < blocks; ++b)
@@ -1148,6 +1163,7 @@ struct ColumnKernel : Core<S, K> {
               }
           });
         }
+        if (!c.dx) continue;
         Array<double> n(w);
         counts(u, n.get());
         Means means(*this, u, st, mine, minex, n.get());

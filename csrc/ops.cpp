@@ -402,6 +402,22 @@ struct Prepared {
     return room.data();
   }
 
+  void forward() const {
+    const Kernels& kernels = chosen().kernels[storage];
+    if (geometry.by_rows)
+      kernels.rows_forward(geometry.rows, call);
+    else
+      kernels.columns_forward(geometry.columns, call);
+  }
+
+  void backward() const {
+    const Kernels& kernels = chosen().kernels[storage];
+    if (geometry.by_rows)
+      kernels.rows_backward(geometry.rows, call);
+    else
+      kernels.columns_backward(geometry.columns, call);
+  }
+
   void put(void* p, int64_t i, double value) const {
     if (storage == kDouble)
       static_cast<double*>(p)[i] = value;
@@ -443,25 +459,42 @@ Normalized forward(const char* op, const Tensor& x, const Optional& weight, cons
     auto mean = values<double>(op, "mean", given_mean, pools, 0);
     auto var = values<double>(op, "var", given_var, pools, 0);
     for (int64_t i = 0; i < pools; ++i) {
+      double v = var[static_cast<size_t>(i)];
       c.mean[i] = center ? mean[static_cast<size_t>(i)] : 0;
-      p.put(c.var, i, var[static_cast<size_t>(i)]);
+      p.put(c.var, i, v);
+      p.put(c.rstd, i, 1 / std::sqrt(v + eps));
     }
   }
   if (x.numel() == 0) {
-    for (int64_t i = 0; i < pools; ++i) {
-      if (!c.given) {
-        c.mean[i] = 0;
-        p.put(c.var, i, 0);
-      }
+    for (int64_t i = 0; i < pools && !c.given; ++i) {
+      c.mean[i] = 0;
+      p.put(c.var, i, 0);
       p.put(c.rstd, i, 1 / std::sqrt(eps));
     }
     return out;
   }
-  const Kernels& kernels = chosen().kernels[p.storage];
-  if (p.geometry.by_rows)
-    kernels.rows_forward(p.geometry.rows, c);
+  p.forward();
+  return out;
+}
+
+// Count, mean and biased variance of each pool, in float64.
+Tensor moments(const Tensor& x, Optional mask, int64_t summed, int64_t groups, int64_t trailing,
+               double eps, bool center, int64_t act) {
+  Optional none;
+  Prepared p("normkit::moments", x, none, none, none, mask, summed, groups, trailing, eps, center,
+             act);
+  int64_t pools = p.geometry.pools();
+  auto sizes = p.geometry.statistics;
+  sizes.insert(sizes.begin(), 3);
+  Tensor out = new_tensor(sizes, ScalarType::Double);
+  Call& c = p.call;
+  c.count = static_cast<double*>(out.mutable_data_ptr());
+  c.mean = c.count + pools;
+  c.variance = c.mean + pools;
+  if (x.numel() > 0)
+    p.forward();
   else
-    kernels.columns_forward(p.geometry.columns, c);
+    for (int64_t i = 0; i < 3 * pools; ++i) c.count[i] = 0;
   return out;
 }
 
@@ -485,31 +518,73 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_normalize(
   return {out.y, out.mean, out.rstd, out.var, *total};
 }
 
+// What both verbs of a backward check and set up alike.
+struct PreparedBackward : Prepared {
+  std::vector<double> means;
+
+  PreparedBackward(const char* op, const Tensor& dy, const Tensor& x, const Optional& weight,
+                   const Optional& bias, const Optional& residual, const Optional& output,
+                   const Optional& mask, const Tensor& mean, const Tensor& rstd, int64_t summed,
+                   int64_t groups, int64_t trailing, double eps, bool center, int64_t act)
+      : Prepared(op, x, weight, bias, residual, mask, summed, groups, trailing, eps, center, act) {
+    check_like(op, "dy", dy, x, layout, x.scalar_type());
+    if (output) check_like(op, "output", *output, x, layout, x.scalar_type());
+    int64_t pools = geometry.pools();
+    means = values<double>(op, "mean", mean, pools, 0);
+    STD_TORCH_CHECK(rstd.scalar_type() == compute, op, ": rstd must be ",
+                    torch::headeronly::toString(compute), ", got ",
+                    torch::headeronly::toString(rstd.scalar_type()));
+    check_values(op, "rstd", rstd, pools);
+    call.mean = means.data();
+    call.rstd = const_cast<void*>(rstd.const_data_ptr());
+    call.dy = dy.const_data_ptr();
+    call.output = data(output);
+  }
+};
+
+// Of batch norm, the sums of dz and of dz * x̂ over each channel, in float64.
+Tensor sums(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, Optional residual,
+            Optional output, Optional mask, const Tensor& mean, const Tensor& rstd, int64_t summed,
+            int64_t groups, int64_t trailing, double eps, bool center, int64_t act) {
+  const char* op = "normkit::sums";
+  STD_TORCH_CHECK(summed == kNS && trailing == 0, op, ": only batch norm is summed by itself");
+  PreparedBackward p(op, dy, x, weight, bias, residual, output, mask, mean, rstd, summed, groups,
+                     trailing, eps, center, act);
+  int64_t entries = p.geometry.entries;
+  Tensor out = new_tensor({2, entries}, ScalarType::Double);
+  Call& c = p.call;
+  c.given = true;
+  c.dbias = static_cast<double*>(out.mutable_data_ptr());
+  c.dweight = c.dbias + entries;
+  if (x.numel() > 0)
+    p.backward();
+  else
+    for (int64_t i = 0; i < 2 * entries; ++i) c.dbias[i] = 0;
+  return out;
+}
+
 std::tuple<Tensor, Optional, Optional, Optional> normalize_backward(
     const Tensor& dy, const Tensor& x, Optional weight, Optional bias, Optional residual,
-    Optional output, Optional mask, const Tensor& mean, const Tensor& rstd, Optional dtotal,
-    int64_t summed, int64_t groups, int64_t trailing, double eps, bool center, int64_t act,
-    bool given, bool wants_dz) {
+    Optional output, Optional mask, const Tensor& mean, const Tensor& rstd, Optional flat,
+    Optional steep, Optional dtotal, int64_t summed, int64_t groups, int64_t trailing, double eps,
+    bool center, int64_t act, bool given, bool wants_dz) {
   const char* op = "normkit::normalize_backward";
-  Prepared p(op, x, weight, bias, residual, mask, summed, groups, trailing, eps, center, act);
+  PreparedBackward p(op, dy, x, weight, bias, residual, output, mask, mean, rstd, summed, groups,
+                     trailing, eps, center, act);
   Call& c = p.call;
-  check_like(op, "dy", dy, x, p.layout, x.scalar_type());
-  if (output) check_like(op, "output", *output, x, p.layout, x.scalar_type());
   if (dtotal) check_like(op, "dtotal", *dtotal, x, p.layout, x.scalar_type());
-  int64_t pools = p.geometry.pools();
-  auto means = values<double>(op, "mean", mean, pools, 0);
-  STD_TORCH_CHECK(rstd.scalar_type() == p.compute, op, ": rstd must be ",
-                  torch::headeronly::toString(p.compute), ", got ",
-                  torch::headeronly::toString(rstd.scalar_type()));
-  check_cpu(op, "rstd", rstd);
-  STD_TORCH_CHECK(rstd.numel() == pools && rstd.is_contiguous(), op, ": rstd must have ", pools,
-                  " contiguous values, got shape ", shown(rstd.sizes()));
   c.given = given;
-  c.mean = means.data();
-  c.rstd = const_cast<void*>(rstd.const_data_ptr());
-  c.dy = dy.const_data_ptr();
-  c.output = data(output);
   c.dtotal = data(dtotal);
+  STD_TORCH_CHECK(flat.has_value() == steep.has_value(), op, ": flat and steep go together");
+  STD_TORCH_CHECK(!flat || (given && trailing == 0), op,
+                  ": flat and steep need given statistics of batch, instance or group norm");
+  std::vector<double> flats, steeps;
+  if (flat) {
+    flats = values<double>(op, "flat", flat, p.geometry.pools(), 0);
+    steeps = values<double>(op, "steep", steep, p.geometry.pools(), 0);
+    c.flat = flats.data();
+    c.steep = steeps.data();
+  }
   Tensor dx = new_like(x);
   c.dx = dx.mutable_data_ptr();
   Optional dz, dweight, dbias;
@@ -518,21 +593,16 @@ std::tuple<Tensor, Optional, Optional, Optional> normalize_backward(
     c.dz = dz->mutable_data_ptr();
   }
   std::vector<double> weight_sums, bias_sums;
-  if (weight || bias) {
+  const bool wants = (weight || bias) && !flat;  // `sums` has given them already
+  if (wants) {
     weight_sums.resize(static_cast<size_t>(p.geometry.entries));
     bias_sums.resize(static_cast<size_t>(p.geometry.entries));
     c.dweight = weight_sums.data();
     c.dbias = bias_sums.data();
   }
-  if (x.numel() > 0) {
-    const Kernels& kernels = chosen().kernels[p.storage];
-    if (p.geometry.by_rows)
-      kernels.rows_backward(p.geometry.rows, c);
-    else
-      kernels.columns_backward(p.geometry.columns, c);
-  }
-  if (weight) dweight = parameter_like(*weight, weight_sums);
-  if (bias) dbias = parameter_like(*bias, bias_sums);
+  if (x.numel() > 0) p.backward();
+  if (wants && weight) dweight = parameter_like(*weight, weight_sums);
+  if (wants && bias) dbias = parameter_like(*bias, bias_sums);
   return {dx, dweight, dbias, dz};
 }
 
@@ -549,9 +619,17 @@ STABLE_TORCH_LIBRARY(normkit, m) {
       "int summed, int groups, int trailing, float eps, bool center, int act) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "moments(Tensor x, Tensor? mask, int summed, int groups, int trailing, float eps, "
+      "bool center, int act) -> Tensor");
+  m.def(
+      "sums(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? output, "
+      "Tensor? mask, Tensor mean, Tensor rstd, int summed, int groups, int trailing, float eps, "
+      "bool center, int act) -> Tensor");
+  m.def(
       "normalize_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
-      "Tensor? output, Tensor? mask, Tensor mean, Tensor rstd, Tensor? dtotal, int summed, "
-      "int groups, int trailing, float eps, bool center, int act, bool given, bool wants_dz) "
+      "Tensor? output, Tensor? mask, Tensor mean, Tensor rstd, Tensor? flat, Tensor? steep, "
+      "Tensor? dtotal, int summed, int groups, int trailing, float eps, bool center, int act, "
+      "bool given, bool wants_dz) "
       "-> (Tensor, Tensor?, Tensor?, Tensor?)");
   m.def("instructions() -> str");
 }
@@ -559,6 +637,8 @@ STABLE_TORCH_LIBRARY(normkit, m) {
 STABLE_TORCH_LIBRARY_IMPL(normkit, CPU, m) {
   m.impl("normalize", TORCH_BOX(&normkit::normalize));
   m.impl("add_normalize", TORCH_BOX(&normkit::add_normalize));
+  m.impl("moments", TORCH_BOX(&normkit::moments));
+  m.impl("sums", TORCH_BOX(&normkit::sums));
   m.impl("normalize_backward", TORCH_BOX(&normkit::normalize_backward));
 }
 STABLE_TORCH_LIBRARY_IMPL(normkit, CompositeExplicitAutograd, m) {

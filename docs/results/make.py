@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from playwright.sync_api import sync_playwright
 from normkit.lab.arms import GRID_SEED
 from normkit.lab.config import Config
 from normkit.lab.data import load_data
+from normkit.lab.engine import engine_for
 from normkit.lab.measures import duration
 from normkit.lab.progress import progress_for
 from normkit.lab.report import Section, page
@@ -55,7 +57,8 @@ def judged(study: Study, folder: Path) -> Section:
     every = study.arms(given.resolved(study.name, study.length), load_data(given))
     if len(had) < len(every):
         given = replace(given, arms=",".join(arm.name for arm in every if arm.name in had))
-    section = done(study, given, progress_for(as_json=False))
+    with closing(engine_for(given.resolved(study.name, study.length))) as engine:
+        section = done(study, given, progress_for(as_json=False), engine)
     # The folder is wherever the runs happen to lie; a command names none.
     return replace(section, config=replace(section.config, out=None))
 

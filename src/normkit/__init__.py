@@ -19,6 +19,7 @@ from .layers import (
     InstanceNorm3d,
     LayerNorm,
     RMSNorm,
+    SyncBatchNorm,
 )
 from .standardize import Standardize
 from .state import functional_call
@@ -48,6 +49,7 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "Standardize",
+    "SyncBatchNorm",
     "backends",
     "create",
     "explain",

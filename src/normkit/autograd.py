@@ -9,9 +9,11 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
-from . import backend
+from . import backend, recompute
 from .backend import aten, reference
 from .spec import Inputs, Spec
+from .statistics import Moments
+from .sync import Merge, Settings
 
 
 def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor, ...]:
@@ -85,6 +87,118 @@ def _backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tens
     dresidual = dz if ctx.has_residual else None
     dadd = dx if len(others) > 3 else None
     return (None, dx, dweight, dbias, dresidual, None, dadd, None, None, None, None)
+
+
+def moments(spec: Spec, inputs: Inputs, merge: Merge, settings: Settings) -> Moments:
+    """The moments of all ranks' batches together, which a recomputation doesn't ask for again.
+
+    Where the formula itself is traced they are functions of x, else constants.
+    """
+    if _plain():
+
+        def read() -> Moments:
+            with torch.no_grad():
+                own = backend.split(spec, inputs).moments(spec, inputs)
+                return merge.moments(own, settings, whole=inputs.mask is None)
+
+        return recompute.remember(read, moves=False)
+    return _merged(reference.moments(spec, inputs), merge, settings)
+
+
+def normalize_merged(spec: Spec, inputs: Inputs, merge: Merge, n: Tensor | int) -> Tensor:
+    """y by merged statistics of n elements, which `inputs` hold; they count as functions of x."""
+    if not _plain():
+        return reference.normalize(spec, inputs)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _NormalizeMerged.apply(spec, merge, n, *inputs)
+    return backend.choose(spec, inputs).normalize(spec, inputs)[0]
+
+
+def _merged(own: Tensor, merge: Merge, settings: Settings) -> Moments:
+    """As `Merge.moments`, differentiable."""
+    return Moments(*_OfAllRanks.apply(own, merge, settings).unbind())
+
+
+class _OfAllRanks(torch.autograd.Function):
+    """Merged (count, mean, variance) as a function of this rank's, of which it has a share.
+
+    d mean = share * d mean_r, d var = share * (d var_r + 2 (mean_r - mean) d mean_r), and what all
+    ranks want of the merged ones is summed.
+    """
+
+    @staticmethod
+    def forward(own: Tensor, merge: Merge, settings: Settings) -> Tensor:
+        return torch.stack(merge.moments(own, settings, whole=False))  # type: ignore[arg-type]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        own, ctx.merge, _ = inputs
+        ctx.save_for_backward(own, output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (n_own, mean_own, _), (n, mean, _) = (t.unbind() for t in ctx.saved_tensors)
+        _, dmean, dvar = _Total.apply(gradient, ctx.merge).unbind()
+        share = n_own / n.clamp(min=1)
+        dmean = dmean + 2 * (mean_own - mean) * dvar
+        return torch.stack([torch.zeros_like(share), share * dmean, share * dvar]), None, None
+
+
+class _Total(torch.autograd.Function):
+    """The sum over the ranks, which is its own transpose."""
+
+    @staticmethod
+    def forward(own: Tensor, merge: Merge) -> Tensor:
+        return merge.total(own.clone())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.merge = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _Total.apply(gradient, ctx.merge), None
+
+
+class _NormalizeMerged(torch.autograd.Function):
+    """`normalize_merged` by a backend's kernels: sums, their total over the ranks, gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: Spec, merge: Merge, n: Tensor | int, *tensors: Tensor | None
+    ) -> Tensor:
+        inputs = Inputs(*tensors)  # type: ignore[arg-type]
+        outputs = backend.choose(spec, inputs).normalize(spec, inputs)
+        _save(ctx, spec, inputs, outputs)
+        ctx.merge, ctx.n = merge, n
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        spec, inputs, n = ctx.spec, Inputs(*ctx.saved_tensors), ctx.n
+        if dy is None:
+            dy = torch.zeros_like(inputs.x)
+        if torch.is_grad_enabled():
+            # Someone differentiates this backward: the statistics must be functions of x again.
+            x = inputs.x
+            own = reference.moments(spec, inputs._replace(mean=None, rstd=None))
+            again = Settings(own.shape[1], x.dtype, "backward of a backward", spec.eps, None, True)
+            batch = _merged(own, ctx.merge, again)
+            inputs = inputs._replace(mean=batch.mean, var=batch.var, rstd=None)
+            verbs: Any = reference
+        else:
+            dy = _laid_out_like(dy, inputs.x)
+            verbs = backend.split(spec, inputs)
+        dx = dresidual = None
+        sums, dweight, dbias = verbs.sums(spec, inputs, dy)
+        if ctx.needs_input_grad[3]:
+            sums = _Total.apply(sums, ctx.merge)
+            means = sums / (n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1))
+            dx, dz = verbs.gradient(spec, inputs, dy, means)
+            dresidual = dz if ctx.has_residual else None
+        elif ctx.has_residual:
+            dresidual = verbs.gradient(spec, inputs, dy, torch.zeros_like(sums))[1]
+        return None, None, None, dx, dweight, dbias, dresidual, *(None,) * 6
 
 
 class _Normalize(torch.autograd.Function):

@@ -84,6 +84,10 @@ def check_batch_statistics(
             "drop_last=True) drops a last batch of one) or ghost size, .eval(), or a norm that "
             "needs no batch (GroupNorm, LayerNorm)"
         )
+    check_positive_eps(eps)
+
+
+def check_positive_eps(eps: float) -> None:
     if eps == 0:
         raise ValueError("eps must be positive when training, got 0; torch's default is 1e-5")
 

@@ -18,6 +18,7 @@ from .layers import (
     InstanceNorm,
     LayerNorm,
     RMSNorm,
+    SyncBatchNorm,
 )
 from .spec import unknown
 
@@ -43,6 +44,7 @@ NORMS = {
     "ghost": Entry(GhostBatchNorm, "ghost_size"),
     "renorm": Entry(BatchRenorm),
     "frozen": Entry(FrozenBatchNorm),
+    "sync": Entry(SyncBatchNorm),
     "instance": Entry(InstanceNorm),
     "group": Entry(GroupNorm, "num_groups", "num_channels"),
     "layer": Entry(LayerNorm, None, "normalized_shape", _CHANNELS_FIRST),

@@ -37,11 +37,13 @@ from .checks import (
     check_limits,
     check_mask,
     check_normalized_shape,
+    check_positive_eps,
     check_running,
 )
 from .pool import BATCH, CHANNELS, INSTANCE, Pool, ghost, group, last
 from .spec import Inputs, Spec, check_momentum, compute_dtype
 from .statistics import Moments, Running
+from .sync import Merge, RankError, Settings
 
 _AUTOCAST_TO_FLOAT32 = {"cuda": ("layer_norm", "rms_norm", "group_norm")}
 """What torch's autocast runs in float32, by device; its other norms keep the input's dtype."""
@@ -65,6 +67,7 @@ def batch_norm(
     residual: Tensor | None = None,
     act: str | None = None,
     ranks: tuple[int, ...] | None = None,
+    merge: Merge | None = None,
 ) -> Tensor:
     """Batch normalization: each channel of (N, C, *) by its mean and variance over N and *.
 
@@ -87,8 +90,11 @@ def batch_norm(
             the calls since the last move form together.
         residual: input's shape, dtype and device; added before `act`.
         ranks: the ranks that input may have; None for any.
+        merge: with `training`, the processes whose batches count as one. Of ghost batches, which
+            stay within a process, only the running statistics are those of all.
 
     Raises:
+        RankError: processes that differ in channels, dtype or settings, or one that doesn't come.
         ValueError: a wrong shape; in training, one value per channel (or per channel of a ghost
             batch); eps or momentum out of range; unknown act; a ghost_size below 1; no running
             statistics in evaluation.
@@ -103,12 +109,25 @@ def batch_norm(
         return _by_running(
             *(input, running_mean, running_var, affine, eps, act), mask=mask, residual=residual
         )
+    if merge is not None and merge.ranks() == 1:
+        merge = None
     ghosts = [(1, input.shape[0])] if ghost_size is None else _ghosts(input.shape[0], ghost_size)
-    check_batch_statistics(input, eps, mask, ghosts)
-    if ghost_size is None:
+    if ghost_size is None and merge is not None:
+        _check_elements(input, mask, residual)
+        batch = _merged(merge, "batch", input, eps, mask, momentum)
+        y = _by_merged(merge, batch, input, affine, eps, act, mask, residual)
+    elif ghost_size is None:
+        check_batch_statistics(input, eps, mask, ghosts)
         y, batch = _by_batch(BATCH, input, affine, eps, act, mask, residual)
     else:
+        check_batch_statistics(input, eps, mask, ghosts)
         y, batch = _by_ghosts(ghosts, input, affine, eps, act, mask, residual)
+        if merge is not None and running_mean is not None:
+            own = torch.stack([moment.double() for moment in batch.spread()])
+            settings = _settings("ghost", input, eps, momentum)
+            batch = recompute.remember(
+                lambda: merge.moments(own, settings, whole=mask is None), moves=False
+            )
     if running_mean is not None and running_var is not None:
         running = Running(
             *(running_mean, running_var, num_batches_tracked, momentum),
@@ -142,6 +161,7 @@ def batch_renorm(
     residual: Tensor | None = None,
     act: str | None = None,
     ranks: tuple[int, ...] | None = None,
+    merge: Merge | None = None,
 ) -> Tensor:
     """Batch renormalization: batch normalization corrected towards the running averages.
 
@@ -157,6 +177,7 @@ def batch_renorm(
         num_batches_tracked: the number of training steps so far, that places the limits.
         r_max, d_max: the limits once open; r_max >= 1, d_max >= 0.
         r_steps, d_steps: (first, last) step of the opening.
+        merge: the processes whose batches count as one.
         The rest: as `batch_norm`'s.
 
     Raises:
@@ -171,14 +192,24 @@ def batch_renorm(
         return _by_running(
             *(input, running_mean, running_var, affine, eps, act), mask=mask, residual=residual
         )
-    check_batch_statistics(input, eps, mask, [(1, input.shape[0])])
+    if merge is not None and merge.ranks() == 1:
+        merge = None
+    _check_elements(input, mask, residual)
+    merged = None
+    if merge is None:
+        check_batch_statistics(input, eps, mask, [(1, input.shape[0])])
+    else:
+        merged = _merged(merge, "renorm", input, eps, mask, momentum)
 
     def correction() -> tuple[Tensor, Tensor]:
-        _, batch = _by_batch(BATCH, input.detach(), NO_AFFINE, eps, None, mask, None)
+        if merged is None:
+            seen = _by_batch(BATCH, input.detach(), NO_AFFINE, eps, None, mask, None)[1]
+        else:
+            seen = Moments(merged.n, merged.mean.detach(), merged.var.detach())
         mean, var = statistics.given(running_mean, running_var)
-        rstd = (var.to(batch.var.dtype) + eps).rsqrt()
-        r = (batch.var + eps).sqrt() * rstd
-        d = (batch.mean - mean) * rstd
+        rstd = (var.to(seen.var.dtype) + eps).rsqrt()
+        r = ((seen.var + eps).sqrt() * rstd).to(compute_dtype(input.dtype))
+        d = ((seen.mean - mean) * rstd).to(r.dtype)
         step = state.read(num_batches_tracked).to(r.dtype)
         r_limit = 1 + (r_max - 1) * _opened(step, r_steps)
         d_limit = d_max * _opened(step, d_steps)
@@ -186,7 +217,11 @@ def batch_renorm(
 
     r, d = recompute.remember(correction, moves=True)
     corrected = affine.after(r, d, input.dim())
-    y, batch = _by_batch(BATCH, input, corrected, eps, act, mask, residual)
+    if merge is None or merged is None:
+        y, batch = _by_batch(BATCH, input, corrected, eps, act, mask, residual)
+    else:
+        batch = merged
+        y = _by_merged(merge, batch, input, corrected, eps, act, mask, residual)
     running = Running(
         *(running_mean, running_var, num_batches_tracked, momentum),
         biased=True,
@@ -494,6 +529,44 @@ def _by_batch(
     inputs = Inputs(x, affine.weight, affine.bias, residual, mask)
     y, mean, _, var = _normalize(spec, inputs, tracked=True)
     return y, statistics.moments(pool, x, mask, mean, var)
+
+
+def _merged(
+    merge: Merge, norm: str, x: Tensor, eps: float, mask: Tensor | None, momentum: float | None
+) -> Moments:
+    """The moments of all ranks' batches together."""
+    check_positive_eps(eps)
+    spec = Spec(BATCH, eps, given=True)
+    settings = _settings(norm, x, eps, momentum)
+    batch = autograd.moments(spec, Inputs(x, mask=mask), merge, settings)
+    if isinstance(batch.n, int) and batch.n == 1:
+        raise RankError(
+            "expected more than 1 value per channel when training, got 1 on all ranks together, "
+            "whose variance is 0; use a larger batch, .eval(), or a norm that needs no batch "
+            "(GroupNorm, LayerNorm)"
+        )
+    return batch
+
+
+def _settings(norm: str, x: Tensor, eps: float, momentum: float | None) -> Settings:
+    gradient = torch.is_grad_enabled() and x.requires_grad
+    return Settings(x.shape[1], x.dtype, norm, eps, momentum, gradient)
+
+
+def _by_merged(
+    merge: Merge,
+    batch: Moments,
+    x: Tensor,
+    affine: Affine,
+    eps: float,
+    act: str | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """y by the moments of all ranks' batches together."""
+    spec = Spec(BATCH, eps, True, act, given=True, conditional=affine.conditional)
+    inputs = Inputs(x, affine.weight, affine.bias, residual, mask, None, batch.mean, batch.var)
+    return autograd.normalize_merged(spec, inputs, merge, batch.n)
 
 
 def _by_running(

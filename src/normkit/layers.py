@@ -20,6 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from . import checks, functional
 from .backend import aten
 from .spec import check_act, check_eps, check_momentum
+from .sync import Merge, let_ddp_take
 
 
 @torch.fx.wrap
@@ -83,12 +84,14 @@ class _Norm(nn.Module):
 class _BatchLayer(_Norm, _BatchNorm):
     """Where statistics come from: the batch in training, running averages in evaluation or frozen.
 
-    `frozen` and `micro_batches` are set by the methods below, never by torch's `train` or `eval`.
+    `frozen`, `micro_batches` and `merge` are set by the methods below, never by torch's `train` or
+    `eval`.
     """
 
     ranks: tuple[int, ...] | None = None
     frozen: bool = False
     micro_batches: int = 1
+    merge: Merge | None = None
 
     @functools.wraps(_BatchNorm.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -116,6 +119,8 @@ class _BatchLayer(_Norm, _BatchNorm):
             self._warn_if_exported()
         if moving and self.micro_batches > 1:
             own |= {"pending": self._pending(), "micro_batches": self.micro_batches}
+        if self.merge is not None and self.training and not by_running:
+            own["merge"] = self.merge
         read = by_running or moving
         return self._call(
             function,
@@ -135,9 +140,42 @@ class _BatchLayer(_Norm, _BatchNorm):
             **own,
         )
 
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._call(function, *args, **kwargs)
+        except (ValueError, TypeError) as error:
+            if "merge" in kwargs:
+                tensors = (*args, self.weight, self.running_mean)
+                super()._call(kwargs["merge"].fail, error.__cause__, *tensors)
+            raise
+
     def _formula(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """The functional form of this layer, and the arguments that it alone has."""
         return functional.batch_norm, {}
+
+    def synchronize(self, process_group: Any = None) -> Self:
+        """In training, take the statistics of the batches of all ranks of a process group together.
+
+        Outputs, running statistics and input gradients are those of one process on the whole batch;
+        parameter gradients, summed over the ranks, too. Ranks may differ in samples and positions,
+        and have none. Of ghost batches, which stay within a rank, only the running statistics are
+        those of all ranks. Every rank must call the layer equally often; see docs/sync.md.
+
+        Args:
+            process_group: of torch.distributed, this rank in it; None for all ranks. Where none is
+                initialized the layer stays local, and says so once.
+
+        Raises (the forward and the backward):
+            RankError (a ValueError): ranks that differ in channels, dtype or settings; on all ranks.
+            RuntimeError: a rank that doesn't come before the group's timeout.
+        """
+        self.merge = Merge(process_group, self)
+        return self
+
+    def desynchronize(self) -> Self:
+        """Undo `synchronize()`."""
+        self.merge = None
+        return self
 
     def freeze(self) -> Self:
         """Normalize by the running statistics, in training too, and leave them as they are.
@@ -227,6 +265,8 @@ class _BatchLayer(_Norm, _BatchNorm):
         own = ", frozen=True" if self.frozen else ""
         if self.micro_batches > 1:
             own += f", micro_batches={self.micro_batches}"
+        if self.merge is not None and not isinstance(self, SyncBatchNorm):
+            own += ", synchronized=True"
         return super().extra_repr() + own
 
 
@@ -276,6 +316,54 @@ class BatchNorm(_BatchLayer):
         super().__init__(*args, **kwargs)
         self.act = act
         self._check()
+
+
+class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
+    """Drop-in for `torch.nn.SyncBatchNorm`: any (N, C, *) by the batches of all ranks together.
+
+    y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual)
+
+    On any backend of torch.distributed, gloo and the CPU included, of any device. Merged are
+    (count, mean, variance) in float64, with one collective in the forward and one in the backward;
+    ranks may differ in samples and positions, have none, and be masked. In evaluation, without
+    running statistics too, nothing is sent.
+
+    Args:
+        *args, **kwargs: those of `torch.nn.SyncBatchNorm`, `process_group` among them.
+        act: None, "relu", "leaky_relu", "silu" or "gelu".
+
+    State: as `BatchNorm`'s. Errors: `synchronize`. DistributedDataParallel averages the gradients
+    over ranks; docs/sync.md says what that means for uneven batches.
+    """
+
+    @property
+    def process_group(self) -> Any:
+        """The ranks; None for all."""
+        assert self.merge is not None
+        return self.merge.process_group
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        self.synchronize(process_group)
+
+    def desynchronize(self) -> NoReturn:
+        """Refused."""
+        raise RuntimeError(f"{self} is always synchronized; use BatchNorm, which has both")
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """The module with every batch norm in it, but frozen ones, made this layer by `swap`."""
+        from .tools.swap import swap
+
+        def batch(name: str, layer: nn.Module) -> bool:
+            return isinstance(layer, _BatchNorm) and not isinstance(layer, FrozenBatchNorm)
+
+        report = swap(module, "sync", only=batch, process_group=process_group)
+        converted: nn.Module = report.model
+        return converted
+
+
+let_ddp_take(SyncBatchNorm)
 
 
 class FrozenBatchNorm(BatchNorm):

@@ -100,7 +100,7 @@ def test_there_and_back_gives_the_same_layer():
     x = torch.randn(4, 8, 5, 5)
     before, state = net(x), copy.deepcopy(net.state_dict())
     normkit.swap(net, "sync")
-    assert type(net[0]) is nn.SyncBatchNorm
+    assert type(net[0]) is normkit.SyncBatchNorm
     assert not net[0].training
     assert net[0].momentum == 0.3
     normkit.swap(net, "batch")

@@ -70,13 +70,59 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
     )
 
 
+def moments(spec: Spec, inputs: Inputs) -> Tensor:
+    """As `reference.moments`."""
+    x, mask = _dense(spec, inputs.x), inputs.mask
+    mask = None if mask is None else torch.empty_like(x, dtype=torch.bool).copy_(mask)
+    return torch.ops.normkit.moments.default(x, mask, *_constants(spec))
+
+
 def normalize_backward(
     spec: Spec, inputs: Inputs, dy: Tensor, dtotal: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.normalize_backward`."""
-    x = _dense(spec, inputs.x)
-    mask, residual, output = inputs.mask, inputs.residual, inputs.output
+    return _backward(spec, inputs, dy, None, dtotal)
+
+
+def sums(spec: Spec, inputs: Inputs, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `reference.sums`, of batch norm."""
+    weight, bias = inputs.weight, inputs.bias
+    of_dz = torch.ops.normkit.sums.default(
+        *_backward_tensors(_dense(spec, inputs.x), inputs, dy), *_constants(spec)
+    )
+    return (
+        of_dz if weight is None else of_dz * weight,
+        None if weight is None else of_dz[1].to(weight.dtype),
+        None if bias is None else of_dz[0].to(bias.dtype),
+    )
+
+
+def gradient(spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor) -> tuple[Tensor, Tensor | None]:
+    """As `reference.gradient`."""
+    dx, _, _, dz = _backward(spec, inputs, dy, means, None)
+    return dx, dz
+
+
+def _backward(
+    spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor | None, dtotal: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    x, mask = _dense(spec, inputs.x), inputs.mask
     dx, dweight, dbias, dz = torch.ops.normkit.normalize_backward.default(
+        *_backward_tensors(x, inputs, dy),
+        *((None, None) if means is None else means.unbind()),
+        None if dtotal is None else _like(dtotal, x),
+        *_constants(spec),
+        spec.given,
+        inputs.residual is not None or inputs.output is not None,
+    )
+    if dz is None:
+        dz = dy if mask is None else torch.where(mask, dy, 0)
+    return dx, dweight, dbias, dz
+
+
+def _backward_tensors(x: Tensor, inputs: Inputs, dy: Tensor) -> tuple[Tensor | None, ...]:
+    mask, residual, output = inputs.mask, inputs.residual, inputs.output
+    return (
         _like(dy, x),
         x,
         _dense_affine(inputs.weight),
@@ -86,14 +132,7 @@ def normalize_backward(
         None if mask is None else torch.empty_like(x, dtype=torch.bool).copy_(mask),
         inputs.mean,
         inputs.rstd,
-        None if dtotal is None else _like(dtotal, x),
-        *_constants(spec),
-        spec.given,
-        residual is not None or output is not None,
     )
-    if dz is None:
-        dz = dy if mask is None else torch.where(mask, dy, 0)
-    return dx, dweight, dbias, dz
 
 
 @functools.cache
@@ -152,11 +191,19 @@ def _register_shapes() -> None:
         return (*forward(x, *constants[:3]), torch.empty_like(x))
 
     @torch.library.register_fake("normkit::normalize_backward")
-    def _(dy, x, weight, bias, residual, output, mask, mean, rstd, dtotal, *constants):  # type: ignore[no-untyped-def]
-        like = torch.empty_like
+    def _(dy, x, weight, bias, residual, output, mask, mean, rstd, flat, *others):  # type: ignore[no-untyped-def]
+        like, wants = torch.empty_like, flat is None
         return (
             like(x),
-            None if weight is None else like(weight),
-            None if bias is None else like(bias),
-            like(x) if constants[-1] else None,
+            like(weight) if wants and weight is not None else None,
+            like(bias) if wants and bias is not None else None,
+            like(x) if others[-1] else None,
         )
+
+    @torch.library.register_fake("normkit::moments")
+    def _(x, mask, *constants):  # type: ignore[no-untyped-def]
+        return x.new_empty((3, *statistics(x, *constants[:3])), dtype=torch.float64)
+
+    @torch.library.register_fake("normkit::sums")
+    def _(dy, x, *others):  # type: ignore[no-untyped-def]
+        return x.new_empty((2, x.shape[1]), dtype=torch.float64)

@@ -52,6 +52,17 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
     return y.to(inputs.x.dtype), mean.squeeze(axes), rstd.squeeze(axes), var.squeeze(axes)
 
 
+def moments(spec: Spec, inputs: Inputs) -> Tensor:
+    """Count, mean and biased variance of each pool, stacked, in float64; an empty one has zeros."""
+    x = _select(spec, inputs, spec.pool.view(wide(inputs.x)))
+    axes = spec.pool.axes(x.dim())
+    scale = _scale(x, axes)
+    mean, left, var = (m.double() for m in _moments(spec, inputs, x * scale))
+    n = _count(spec, inputs, x).double().expand(var.shape)
+    every = torch.stack([n, (mean + left) / scale, var / scale / scale])
+    return every.squeeze(tuple(1 + axis for axis in axes))
+
+
 def normalize_backward(
     spec: Spec, inputs: Inputs, dy: Tensor, dtotal: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
@@ -63,34 +74,32 @@ def normalize_backward(
     mean and rstd that `normalize` returned; without them they are functions of x again. `dtotal`,
     the gradient of x + add, is added to dx.
     """
-    pool, x, weight, bias = spec.pool, inputs.x, inputs.weight, inputs.bias
-    standard, _, rstd, _ = _standardize(spec, inputs)
-    dz = _select(spec, inputs, pool.view(wide(dy)))
-    if spec.act is not None:
-        if inputs.output is None:
-            z = _affine(spec, inputs, standard)
-        else:
-            z = pool.view(wide(inputs.output))
-        dz = ACTIVATIONS[spec.act][1](z, dz)
-    g = dz if weight is None else dz * _spread(spec, inputs, weight)
-    dx = pool.unview(_project(spec, inputs, g, standard, rstd)).to(x.dtype)
+    standard, rstd, dz, g = _gradients(spec, inputs, dy)
+    dx = spec.pool.unview(_project(spec, inputs, g, standard, rstd)).to(inputs.x.dtype)
     if dtotal is not None:
         dx = dx + dtotal
+    dweight = _parameter_gradient(spec, inputs.weight, dz * standard)
+    dbias = _parameter_gradient(spec, inputs.bias, dz)
+    return dx, dweight, dbias, spec.pool.unview(dz).to(inputs.x.dtype)
 
-    def parameter_gradient(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
-        if parameter is None:
-            return None
-        if spec.conditional:
-            return pool.unview(gradient).sum_to_size(parameter.shape).to(parameter.dtype)
-        total = gradient.sum(pool.affine_axes(gradient.dim()))
-        return total.reshape(parameter.shape).to(parameter.dtype)
 
+def sums(spec: Spec, inputs: Inputs, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sums of g and of g * x̂ over each pool, stacked, in float64; dweight and dbias."""
+    standard, _, dz, g = _gradients(spec, inputs, dy)
+    axes = spec.pool.axes(g.dim())
     return (
-        dx,
-        parameter_gradient(weight, dz * standard),
-        parameter_gradient(bias, dz),
-        pool.unview(dz).to(x.dtype),
+        torch.stack([g.double().sum(axes), (g * standard).double().sum(axes)]),
+        _parameter_gradient(spec, inputs.weight, dz * standard),
+        _parameter_gradient(spec, inputs.bias, dz),
     )
+
+
+def gradient(spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """dx and dresidual, given <g> and <g * x̂> of each pool, stacked."""
+    standard, rstd, dz, g = _gradients(spec, inputs, dy)
+    flat, steep = (spec.pool.spread(m.to(g.dtype), g) for m in means)
+    dx = _select(spec, inputs, g - flat - standard * steep) * rstd
+    return spec.pool.unview(dx).to(inputs.x.dtype), spec.pool.unview(dz).to(inputs.x.dtype)
 
 
 def normalize_tangent(
@@ -134,12 +143,15 @@ def _standardize(spec: Spec, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Te
             var = torch.zeros_like(rstd)
         else:
             assert inputs.var is not None
-            var = pool.spread(inputs.var.to(x.dtype, copy=True), x)
-            rstd = torch.rsqrt(var + spec.eps)
+            wider = torch.promote_types(inputs.var.dtype, x.dtype)
+            var = pool.spread(inputs.var.to(wider, copy=True), x)
+            rstd, var = torch.rsqrt(var + spec.eps).to(x.dtype), var.to(x.dtype)
     else:
         mean, rstd, var = _statistics(spec, x, inputs)
     if spec.center:
         x = _select(spec, inputs, x - mean)
+        if spec.given and inputs.mean is not None and inputs.mean.dtype == torch.float64 != x.dtype:
+            x = x - (pool.spread(inputs.mean, x) - mean).to(x.dtype)
         if not spec.given:
             # A mean rounded to x's dtype is off by up to half a unit in its last place, which at
             # mean 1e5 and std 1 shifts x̂ in the third digit: take out what it left.
@@ -154,29 +166,34 @@ def _statistics(spec: Spec, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, 
         zero = x.new_zeros([1 if i in axes else n for i, n in enumerate(x.shape)])
         return zero, (zero + spec.eps).rsqrt(), zero
     if x.dtype == torch.float64:
-        mean, var = _moments(spec, inputs, x)
-        return mean, torch.rsqrt(var + spec.eps), var
-    # Squares of float32 beyond 2^48 may overflow in a sum: such pools are computed at 2^-80 of
-    # their size, where eps vanishes beside any variance but that of a constant pool.
-    big = x.detach().abs().amax(axes, keepdim=True) > 2.0**48
-    scale = torch.where(big, 2.0**-80, 1.0)
-    mean, var = _moments(spec, inputs, x * scale)
-    scaled = big & (var > 0)
+        mean, left, var = _moments(spec, inputs, x)
+        return mean + left, torch.rsqrt(var + spec.eps), var
+    scale = _scale(x, axes)
+    mean, left, var = _moments(spec, inputs, x * scale)
+    # At 2^-80 eps vanishes beside any variance but that of a constant pool.
+    scaled = (scale < 1) & (var > 0)
     rstd = torch.rsqrt(var + torch.where(scaled, 2.0**-126, spec.eps))
-    return mean / scale, rstd * torch.where(scaled, scale, 1.0), var / scale / scale
+    return (mean + left) / scale, rstd * torch.where(scaled, scale, 1.0), var / scale / scale
 
 
-def _moments(spec: Spec, inputs: Inputs, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (0 where it isn't subtracted) and the mean square of what remains."""
+def _scale(x: Tensor, axes: tuple[int, ...]) -> Tensor | float:
+    """1, or for float32 pools beyond 2^48, whose squares may overflow in a sum, 2^-80."""
+    if x.dtype == torch.float64 or x.numel() == 0:
+        return 1.0
+    return torch.where(x.detach().abs().amax(axes, keepdim=True) > 2.0**48, 2.0**-80, 1.0)
+
+
+def _moments(spec: Spec, inputs: Inputs, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (0 where it isn't subtracted), what its rounding left, mean square of what remains."""
     average = _average(spec, inputs, x)
     if not spec.center:
         square = average(x * x)
-        return torch.zeros_like(square), square
+        return torch.zeros_like(square), torch.zeros_like(square), square
     mean = average(x)
     x = _select(spec, inputs, x - mean)
     left = average(x)
     x = _select(spec, inputs, x - left)
-    return mean + left, average(x * x)
+    return mean, left, average(x * x)
 
 
 def _select(spec: Spec, inputs: Inputs, x: Tensor) -> Tensor:
@@ -186,13 +203,43 @@ def _select(spec: Spec, inputs: Inputs, x: Tensor) -> Tensor:
 
 
 def _average(spec: Spec, inputs: Inputs, view: Tensor) -> Callable[[Tensor], Tensor]:
-    """The mean over each pool; 0 over a masked one."""
+    """The mean over each pool; 0 over an empty or a masked one."""
+    axes = spec.pool.axes(view.dim())
+    if inputs.mask is None and view.numel() > 0:
+        return lambda v: v.mean(axes, keepdim=True)
+    counts = _count(spec, inputs, view).clamp(min=1).to(view.dtype)
+    return lambda v: v.sum(axes, keepdim=True) / counts
+
+
+def _count(spec: Spec, inputs: Inputs, view: Tensor) -> Tensor:
+    """The number of elements of each pool, or of all alike."""
     axes = spec.pool.axes(view.dim())
     if inputs.mask is None:
-        return lambda v: v.mean(axes, keepdim=True)
-    mask = spec.pool.view(inputs.mask.expand(inputs.x.shape))
-    counts = mask.sum(axes, keepdim=True).clamp(min=1).to(view.dtype)
-    return lambda v: v.sum(axes, keepdim=True) / counts
+        return torch.tensor(math.prod([view.shape[i] for i in axes]), device=view.device)
+    return spec.pool.view(inputs.mask.expand(inputs.x.shape)).sum(axes, keepdim=True)
+
+
+def _gradients(spec: Spec, inputs: Inputs, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x̂ and rstd; dz = dy * act'(z) and g = dz * weight; all as views."""
+    standard, _, rstd, _ = _standardize(spec, inputs)
+    dz = _select(spec, inputs, spec.pool.view(wide(dy)))
+    if spec.act is not None:
+        if inputs.output is None:
+            z = _affine(spec, inputs, standard)
+        else:
+            z = spec.pool.view(wide(inputs.output))
+        dz = ACTIVATIONS[spec.act][1](z, dz)
+    g = dz if inputs.weight is None else dz * _spread(spec, inputs, inputs.weight)
+    return standard, rstd, dz, g
+
+
+def _parameter_gradient(spec: Spec, parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
+    if parameter is None:
+        return None
+    if spec.conditional:
+        return spec.pool.unview(gradient).sum_to_size(parameter.shape).to(parameter.dtype)
+    total = gradient.sum(spec.pool.affine_axes(gradient.dim()))
+    return total.reshape(parameter.shape).to(parameter.dtype)
 
 
 def _project(spec: Spec, inputs: Inputs, g: Tensor, standard: Tensor, rstd: Tensor) -> Tensor:

@@ -36,6 +36,13 @@ class Events:
                 self._open(run)
                 self._end(run.id, run.step, run.test_accuracy)
 
+    def again(self, run: Run) -> None:
+        """Take up a run that was set back to its checkpoint."""
+        self._runs[run.id] = run
+        if run.id in self._writers:
+            with disk_errors(self.folder):
+                self._writers.pop(run.id).close()
+
     def write(self, report: Report) -> None:
         """Add what a run reported."""
         with disk_errors(self.folder):

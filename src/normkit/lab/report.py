@@ -267,8 +267,8 @@ def _method(section: Section) -> str:
         ),
         (
             "Time",
-            f"{duration(section.seconds)} by the clock, {config.jobs} run"
-            f"{'s' * (int(config.jobs or 1) > 1)} at a time, measurements and probes included.",
+            f"{duration(section.seconds)} by the clock, {config.jobs or 'several'} run"
+            f"{'s' * (config.jobs != 1)} at a time, measurements and probes included.",
         ),
         ("Versions", made),
     ]

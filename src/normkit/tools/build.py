@@ -31,7 +31,7 @@ def group_count(channels: int, most: int = 32) -> int:
     )
 
 
-def make(kind: str, norm: Norm, number: int = 32) -> nn.Module:
+def make(kind: str, norm: Norm, number: int = 32, process_group: Any = None) -> nn.Module:
     """A layer of the kind, with the old norm's shape, eps, momentum and activation.
 
     `number` is that of "group:8" and "ghost:32". Batch renorm has a momentum of its own.
@@ -55,7 +55,8 @@ def make(kind: str, norm: Norm, number: int = 32) -> nn.Module:
         case "batch":
             return getattr(layers, f"BatchNorm{norm.dims}d")(channels, **batch)
         case "sync":
-            return nn.SyncBatchNorm(channels, **batch)
+            batch["process_group"] = norm.process_group if process_group is None else process_group
+            return layers.SyncBatchNorm(channels, **batch, act=norm.act)
         case "instance":
             tracks = norm.kind == "instance" and norm.tracks
             batch |= {"affine": True, "track_running_stats": tracks, "act": norm.act}

@@ -79,6 +79,7 @@ class Norm:
         dims: how many axes follow them, where the class says it.
         ghost_size: of ghost batch norm.
         act: the activation inside: None, one that `normkit` fuses, or "?".
+        process_group: of synchronized layers.
     """
 
     kind: str
@@ -91,6 +92,7 @@ class Norm:
     tracks: bool = False
     ghost_size: int | None = None
     act: str | None = None
+    process_group: Any = None
 
 
 def read(module: nn.Module) -> Norm | None:
@@ -101,8 +103,10 @@ def read(module: nn.Module) -> Norm | None:
     if found is None:
         return None
     kind, first = found
-    kind = next((k for t, k in _OF_BATCH_LAYERS.items() if isinstance(module, t)), kind)
     m: Any = module
+    kind = next((k for t, k in _OF_BATCH_LAYERS.items() if isinstance(module, t)), kind)
+    if kind == "batch" and getattr(m, "merge", None) is not None:
+        kind = "sync"
     if kind in ("layer", "rms"):
         shape = tuple(m.normalized_shape)
     elif kind == "group":
@@ -120,6 +124,7 @@ def read(module: nn.Module) -> Norm | None:
         getattr(m, "running_mean", None) is not None,
         getattr(m, "ghost_size", None),
         _act(module),
+        _process_group(module),
     )
 
 
@@ -156,6 +161,11 @@ def _dims(module: nn.Module) -> int | None:
         if any(c.__name__.endswith(f"{digit}d") for c in type(module).__mro__):
             return int(digit)
     return None
+
+
+def _process_group(module: Any) -> Any:
+    merge = getattr(module, "merge", None)
+    return getattr(module if merge is None else merge, "process_group", None)
 
 
 def _act(module: nn.Module) -> str | None:

@@ -51,6 +51,7 @@ def swap(
     example: Any = None,
     forward: Forward | None = None,
     copy: bool = False,
+    process_group: Any = None,
 ) -> Report:
     """Replace a model's norms in place.
 
@@ -62,10 +63,10 @@ def swap(
     Args:
         model: any module. Where it is itself a norm, the report's `.model` is the new one.
         to: None makes normkit's layer of every norm of torch, timm, torchvision and detectron2: the
-            same function. Else "batch", "ghost:32", "renorm", "frozen", "sync"
-            (torch.nn.SyncBatchNorm), "instance", "group" or "group:8" (`groups=8`), "layer" (over
-            the channels), "rms", "none" (the identity); another name that `normkit.create` knows;
-            or a function of the number of channels that returns a module.
+            same function. Else "batch", "ghost:32", "renorm", "frozen", "sync", "instance", "group"
+            or "group:8" (`groups=8`), "layer" (over the channels), "rms", "none" (the identity);
+            another name that `normkit.create` knows; or a function of the number of channels that
+            returns a module.
         only: a pattern for names ("layer1.*"), or a predicate of name and module.
         groups: at most so many groups: the largest number that divides the channels and leaves two
             or more channels to a group. A group norm keeps its own.
@@ -77,6 +78,8 @@ def swap(
         example: one batch to run before and after, in evaluation; nothing of that stays.
         forward: `forward(model, batch)` for the example; by default as for `recalibrate`.
         copy: work on a deep copy, which is the report's `.model`.
+        process_group: of "sync": whose ranks merge their batches; None for all ranks, or for those
+            of the old layer where that was synchronized.
 
     Norms over the last axes become "layer", "rms" or "none" only: the channels of all others lie on
     axis 1. A layer that is left as it was is in the report with the reason.
@@ -86,12 +89,14 @@ def swap(
         to the optimizer, with an example the largest change of the output and the largest output.
 
     Raises:
-        ToolError: unknown `to`; an optimizer together with `copy`; a model of scripted, quantized
+        ToolError: unknown `to`; a process_group for another `to`; an optimizer together with `copy`; a model of scripted, quantized
             or lazy modules. After any exception the model is as it was.
     """
     if copy and optimizer is not None:
         raise ToolError("the optimizer holds the model's parameters, not a copy's; leave one out")
     kind, function, number = _kind(to, groups)
+    if process_group is not None and kind != "sync":
+        raise ToolError(f"a process_group belongs to to='sync', and to={to!r}")
     model = taken(model, copy)
     check_only(model, only)
     run = forward or first_input
@@ -100,7 +105,7 @@ def swap(
     fused: dict[str, str] = {}
     untraced: dict[str, str] = {}
     with undone_on_failure(model):
-        rows, result, pairs = _swap_all(model, kind, function, only, number)
+        rows, result, pairs = _swap_all(model, kind, function, only, number, process_group)
         if fuse:
             result, fused, untraced = fuse_epilogues(result, example, run)
         after = outputs(result, example, run)
@@ -145,7 +150,12 @@ def _kind(to: str | Make | None, groups: int) -> tuple[str | None, Make | None, 
 
 
 def _swap_all(
-    model: nn.Module, kind: str | None, to: Make | None, only: Only, number: int
+    model: nn.Module,
+    kind: str | None,
+    to: Make | None,
+    only: Only,
+    number: int,
+    process_group: Any,
 ) -> tuple[list[Swapped], nn.Module, list[tuple[nn.Module, nn.Module]]]:
     """Put new layers in; return the rows, the model, and the pairs of old and new layers."""
     rows: list[Swapped] = []
@@ -154,7 +164,7 @@ def _swap_all(
         if not chosen(only, name, module):
             continue
         if module not in pairs:
-            pairs[module], row = _replacement(model, name, module, kind, to, number)
+            pairs[module], row = _replacement(model, name, module, kind, to, number, process_group)
             rows.append(row)
         if parent is None:
             model = pairs[module]
@@ -175,14 +185,20 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module | None, str, str, nn.M
 
 
 def _replacement(
-    model: nn.Module, name: str, module: nn.Module, kind: str | None, to: Make | None, number: int
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    kind: str | None,
+    to: Make | None,
+    number: int,
+    process_group: Any,
 ) -> tuple[nn.Module, Swapped]:
     """The new layer, or the old one where the row says why it stays."""
     was = type(module).__name__
     norm, why = _taken(module, kind)
     if norm is None:
         return module, Swapped(name or "the model", was, "-", "-", f"left: {why}")
-    new = make(kind or norm.kind, norm, number) if to is None else to(norm.shape[0])
+    new = make(kind or norm.kind, norm, number, process_group) if to is None else to(norm.shape[0])
     affine, note = adopt(module, new, tensor_like(module, model), keep_affine=to is None)
     now = type(new).__name__
     if isinstance(new, nn.GroupNorm):
@@ -199,13 +215,11 @@ def _taken(module: nn.Module, kind: str | None) -> tuple[Norm | None, str]:
         return None, "normkit has no counterpart of the activation or dropout inside"
     if kind is None and type(module).__module__.startswith("normkit."):
         return None, "normkit's already"
-    if kind is None and norm.kind == "sync":
-        return None, "normkit has no synchronized batch norm"
     if kind == "frozen" and not norm.tracks:
         return None, "it has no running statistics to freeze"
     if not norm.channels_first and kind not in (None, "layer", "rms", "none"):
         return None, "it normalizes the last axes; the new layer's channels lie on axis 1"
-    if norm.act and kind in ("sync", "function"):
+    if norm.act and kind == "function":
         return None, f"the new layer would lose the activation inside ({norm.act})"
     return norm, ""
 
