@@ -30,8 +30,8 @@ LARGEST = {"forward": 16384, "backward": 8192}
 TILE = 4096
 """Elements of a tile of a unit that is larger."""
 PER_THREAD = {"forward": 16, "backward": 16}
-"""Elements of a tile that each thread holds, in so many warps as that takes, up to 16; twice as many
-where a forward holds a whole unit of TILE elements or more."""
+"""Elements of a tile that each thread holds, in so many warps as that takes, up to 16; of a row of
+TILE or more that a forward holds whole, twice as many."""
 LOOPED = 65536
 """Elements of a unit that one program reads twice, the second time from L2."""
 CHUNK = 16384
@@ -181,7 +181,7 @@ def launch(g: Geometry, way: Literal["forward", "backward"], given: bool) -> Lau
     chunk = min(chunk, tiles)
     chunks = _ceil(tiles, chunk)
     most = 8 if g.kept == "columns" else 16
-    held = 2 if whole and way == "forward" and a * b >= TILE else 1
+    held = 2 if whole and g.kept == "rows" and way == "forward" and b >= TILE else 1
     warps = min(most, max(1, a * b // (32 * held * PER_THREAD[way])))
     merged = 0
     if split and chunks <= MERGED:
@@ -211,7 +211,7 @@ def _tile(g: Geometry, way: str) -> tuple[int, int, bool]:
         largest = largest if way == "forward" else TILE  # a backward of 8192 spills here
         if g.group == 1 and rows * min(cols, 16) <= largest:
             return rows, min(cols, max(16, TILE // rows)), True
-        # Finding the pool of a column among neighbours takes registers: a smaller tile, fewer warps.
+        # Finding the pool of a column among neighbours takes registers: fewer warps.
         tile = TILE // 2 if g.group > 1 and way == "backward" else TILE
         return min(rows, tile // b), b, False
     if rows * cols <= largest:
