@@ -17,6 +17,7 @@ from playwright.sync_api import sync_playwright
 
 from normkit.lab.arms import GRID_SEED
 from normkit.lab.config import Config
+from normkit.lab.engine import engine_for
 from normkit.lab.progress import progress_for
 from normkit.lab.run import done
 from normkit.lab.store import Store
@@ -36,7 +37,8 @@ def findings_of(study: Study, folder: Path) -> tuple[Config, Findings]:
         store.close()
     options = {key: identity[key] for key in Config.__dataclass_fields__ if key in identity}
     given = Config(**options, seeds=len(seeds), out=str(folder))
-    section = done(study, given, progress_for(as_json=False))
+    config = given.resolved(study.name, study.length)
+    section = done(study, given, progress_for(as_json=False), engine_for(config))
     # The folder is wherever the runs happen to lie; a command names none.
     return replace(section.config, out=None), section.findings
 

@@ -128,10 +128,11 @@ def panels(
     x: Axis = STEPS,
     y: Axis = ACCURACY,
 ) -> Figure:
-    """Return panels side by side with one vertical axis; equal labels share a legend's entry."""
+    """Return panels side by side, their axes alike; equal labels share a legend's entry."""
     traces: list[dict[str, Any]] = []
     layout: dict[str, Any] = {"yaxis": _axis(y), "annotations": [], "names": "below"}
     named: set[str] = set()
+    across = [v for _, drawn in shown for line in drawn if line is not None for v in line.x]
     for place, (heading, drawn) in enumerate(shown):
         suffix = "" if place == 0 else str(place + 1)
         present = [line for line in drawn if line is not None]
@@ -144,7 +145,7 @@ def panels(
                 traces.append(trace)
         left, right = _domain(place, len(shown))
         layout[f"xaxis{suffix}"] = {
-            **_axis(x, [v for line in present for v in line.x], most=3 if len(shown) > 2 else 6),
+            **_axis(x, across, most=3 if len(shown) > 2 else 6),
             "domain": [left, right],
             "nticks": 5,
         }
@@ -159,9 +160,9 @@ def intervals(
     alt: str,
     rows: Sequence[Interval],
     x: Axis,
-    level: float | None = None,
+    level: float | Sequence[float] | None = None,
 ) -> Figure:
-    """Return a dot with its interval for each row, one below the other; `level` is a vertical line.
+    """Return a dot with its interval for each row, one below the other; `level`: vertical lines.
 
     An infinite end of an interval is drawn at the end of the finite ones.
     """
@@ -201,8 +202,9 @@ def intervals(
                 "meta": "dot",
             }
         )
+    levels = [] if level is None else [level] if isinstance(level, float) else [*level]
     layout: dict[str, Any] = {
-        "xaxis": _axis(x, finite),
+        "xaxis": _axis(x, [*finite, *levels]),
         "yaxis": {
             "autorange": "reversed",
             "type": "category",
@@ -211,23 +213,26 @@ def intervals(
             "ticks": "",
         },
         "names": "none",
-        "shapes": [],
         "annotations": [],
         "height": 110 + 34 * len(rows),
     }
-    if level is not None:
-        layout["shapes"] = [
-            {
-                "type": "line",
-                "yref": "paper",
-                "y0": 0,
-                "y1": 1,
-                "x0": level,
-                "x1": level,
-                "line": {"color": "@muted", "width": 1, "dash": "dot"},
-                "layer": "below",
-            }
-        ]
+    if levels and not x.log:
+        low, high = min(low, *levels), max(high, *levels)
+        edge = 0.04 * ((high - low) or 1.0)
+        layout["xaxis"]["range"] = [low - edge, high + edge]
+    layout["shapes"] = [
+        {
+            "type": "line",
+            "yref": "paper",
+            "y0": 0,
+            "y1": 1,
+            "x0": place,
+            "x1": place,
+            "line": {"color": "@muted", "width": 1, "dash": "dot"},
+            "layer": "below",
+        }
+        for place in levels
+    ]
     return Figure(name, title, caption, alt, traces, layout)
 
 

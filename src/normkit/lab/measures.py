@@ -59,6 +59,15 @@ def paired(
     return [measure(run) - base[run.seed] for run in ours if run.seed in base]
 
 
+def exponential(logs: Estimate) -> Estimate:
+    """Return the estimate of a ratio from that of its logarithm."""
+    return Estimate(_exp(logs.median), _exp(logs.low), _exp(logs.high), logs.n)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
 def count(value: float) -> str:
     """Return a number of steps in words."""
     return "never" if math.isinf(value) else f"{value:,.0f}"

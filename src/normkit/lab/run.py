@@ -1,15 +1,17 @@
 """Run a study: load, resume, tune, train, record, judge, report."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from normkit.lab import engine
 from normkit.lab.arms import GRID_SEED, Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data, load_data
+from normkit.lab.engine import Engine, engine_for
 from normkit.lab.models import check
 from normkit.lab.progress import Progress
 from normkit.lab.report import Section, page
@@ -26,14 +28,15 @@ def run_study(study: Study, given: Config, progress: Progress) -> Findings:
     `given` is not resolved. Raises LabError for input that can't be used; what was trained up to
     then is kept, and the same call goes on from there.
     """
-    section = done(study, given, progress)
+    with closing(engine_for(given.resolved(study.name, study.length))) as engine:
+        section = done(study, given, progress, engine)
     path = Path(str(section.config.out)) / "report.html"
     write_file(path, page([section]))
     progress.result(section.findings, str(path))
     return section.findings
 
 
-def done(study: Study, given: Config, progress: Progress) -> Section:
+def done(study: Study, given: Config, progress: Progress, engine: Engine) -> Section:
     """Train what is missing of `study` in its folder and judge it: one section of a report.
 
     Raises NotApplicable where the study can't be done with this data and model.
@@ -52,7 +55,7 @@ def done(study: Study, given: Config, progress: Progress) -> Section:
         identity["model_sha256"] = fingerprint(config.model, "model")
     store = Store(Path(str(config.out)), identity)
     try:
-        trainer = _Trainer(study, given, data, store, progress)
+        trainer = _Trainer(study, given, data, store, progress, engine)
         seeds = range(config.seeds)
         factors = {}
         if study.tuned:
@@ -86,13 +89,20 @@ class _Trainer:
     """Trains runs that the store doesn't hold yet."""
 
     def __init__(
-        self, study: Study, given: Config, data: Data, store: Store, progress: Progress
+        self,
+        study: Study,
+        given: Config,
+        data: Data,
+        store: Store,
+        progress: Progress,
+        engine: Engine,
     ) -> None:
         self.study = study
         self.given = given
         self.data = data
         self.store = store
         self.progress = progress
+        self.engine = engine
         self.numbers: set[int] = set()
 
     def train(self, wanted: Iterable[tuple[Arm, int]]) -> dict[str, list[Run]]:
@@ -111,9 +121,8 @@ class _Trainer:
         self.numbers |= numbers
         by_run = {task.run: task for task in tasks}
         if tasks:
-            jobs = int(given.resolved(study.name).jobs or 1)
             self.progress.begin(tasks, len(numbers) - len(tasks))
-            reports = engine.run(tasks, self.data, jobs)
+            reports = self.engine.run(tasks, self.data, self._again)
             try:
                 for report in reports:
                     self.store.write(report)
@@ -127,6 +136,10 @@ class _Trainer:
             if run.id in numbers:
                 by_arm.setdefault(run.arm, []).append(run)
         return by_arm
+
+    def _again(self, task: Task) -> Task:
+        _, checkpoint = self.store.add(task.arm, task.seed, task.config.identity())
+        return dataclasses.replace(task, checkpoint=checkpoint)
 
 
 def best_factor(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from normkit.lab.arms import Arm
+from normkit.lab.config import Config
 from normkit.lab.errors import LabError
 from normkit.lab.train import Report
 
@@ -123,7 +124,9 @@ class Store:
                 (json.dumps(identity), json.dumps(versions())),
             )
             return
-        held = json.loads(row[0])
+        # An option that is newer than the folder had its default when the results were made.
+        defaults = Config().identity()
+        held, identity = defaults | json.loads(row[0]), defaults | identity
         differing = [
             f"{key} is {held.get(key)!r} there and {identity.get(key)!r} now"
             for key in sorted(held.keys() | identity.keys())
