@@ -30,7 +30,8 @@ LARGEST = {"forward": 16384, "backward": 8192}
 TILE = 4096
 """Elements of a tile of a unit that is larger."""
 PER_THREAD = {"forward": 16, "backward": 16}
-"""Elements of a tile that each thread holds, in so many warps as that takes, up to 16."""
+"""Elements of a tile that each thread holds, in so many warps as that takes, up to 16; of a row of
+TILE or more that a forward holds whole, twice as many."""
 LOOPED = 65536
 """Elements of a unit that one program reads twice, the second time from L2."""
 CHUNK = 16384
@@ -180,7 +181,8 @@ def launch(g: Geometry, way: Literal["forward", "backward"], given: bool) -> Lau
     chunk = min(chunk, tiles)
     chunks = _ceil(tiles, chunk)
     most = 8 if g.kept == "columns" else 16
-    warps = min(most, max(1, a * b // (32 * PER_THREAD[way])))
+    held = 2 if whole and g.kept == "rows" and way == "forward" and b >= TILE else 1
+    warps = min(most, max(1, a * b // (32 * held * PER_THREAD[way])))
     merged = 0
     if split and chunks <= MERGED:
         merged = min(_power(chunks), 2048 // (b if g.kept == "columns" else 1))
@@ -201,14 +203,17 @@ def _tile(g: Geometry, way: str) -> tuple[int, int, bool]:
     if g.kept == "rows":
         whole = cols <= largest
         b = cols if whole else 2 * TILE
-        return (max(1, 2048 // b) if whole else 1), b, whole
+        short = 2048 if way == "forward" else 1024
+        return (max(1, short // b) if whole else 1), b, whole
     if g.kept == "columns":
         # Narrow tiles of little batch norm: more units, so fewer chunks of each to merge.
         b = min(cols, 16 if _small(g) else 64)
         largest = largest if way == "forward" else TILE  # a backward of 8192 spills here
         if g.group == 1 and rows * min(cols, 16) <= largest:
             return rows, min(cols, max(16, TILE // rows)), True
-        return min(rows, TILE // b), b, False
+        # Finding the pool of a column among neighbours takes registers: fewer warps.
+        tile = TILE // 2 if g.group > 1 and way == "backward" else TILE
+        return min(rows, tile // b), b, False
     if rows * cols <= largest:
         return rows, cols, True
     if g.affine == "row":
