@@ -236,7 +236,8 @@ STUDY = Study(
     finish=finish,
     length=0.15,
     published="At a low rate batch norm and none end alike, and batch norm wins through the larger "
-    "rate (Bjorck et al.); at small batches the best rate is similar with and without (De & Smith).",
+    "rate (Bjorck et al.); at small batches the best rate is similar with and without (De & "
+    "Smith).",
 )
 
 
