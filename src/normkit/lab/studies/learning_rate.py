@@ -207,7 +207,8 @@ def judge(evidence: Evidence) -> Findings:
             "A rate works that gives at least 99 % of the best test accuracy of its arm and seed; "
             "between two rates accuracy is taken for linear in the log rate. At a rate that isn't "
             "stable accuracy counts as 0. A range that goes to an end of the grid may be wider "
-            "than is said.",
+            "than is said. Where test samples are few, the best of nine accuracies is partly luck, "
+            "and the range around it narrower than it would be.",
             "Best rate: by the smoothed final validation accuracy. Largest stable rate: the "
             "largest at which training didn't diverge and ended with a loss below that of a guess.",
             "Best test accuracy is that of the best of the rates, and as such too good: it says "
@@ -263,7 +264,7 @@ def _times(value: float) -> str:
 
 def _rate(config: Config, log: float) -> str:
     assert config.lr is not None
-    return "none" if math.isinf(log) else f"{config.lr * 10**log:.2g}"
+    return "none" if math.isinf(log) else f"{float(f'{config.lr * 10**log:.2g}'):g}"
 
 
 def _wider(none: Reached, batch: Reached, size: int) -> Verdict:
