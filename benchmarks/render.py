@@ -3,7 +3,8 @@
     normkit bench --out benchmarks/results/cpu.json
     python benchmarks/render.py
 
-The picture needs plotly and chromium.
+The picture needs plotly and chromium. docs/kernels.md is written from results/aot.json, docs/gpu.md
+and the README's lines on GPUs from results/gpu.json, if there is one.
 """
 
 import json
@@ -155,19 +156,157 @@ def kernels(result: dict[str, Any]) -> str:
             " ".join(filter(None, (row["call"], row["kernel"], row["phase"]))),
             "x".join(map(str, row["tile"] or ())),
             str(row["warps"]),
+            f"{row['accesses'].get('16', 0)} / {sum(row['accesses'].values())}",
             *(f"{row[t]['registers']} / {row[t]['spilled']} / {row[t]['shared']}" for t in targets),
         ]
         for row in result["rows"]
     ]
-    head = ["kernel", "tile", "warps", *(f"sm_{t}" for t in targets)]
+    head = ["kernel", "tile", "warps", "16 bytes wide", *(f"sm_{t}" for t in targets)]
     return f"""# The Triton kernels, compiled ahead of time
 
 Written by `benchmarks/render.py` from `benchmarks/results/aot.json`, which `benchmarks/aot.py`
 makes with triton {result["triton"]} and no GPU: registers of a thread / bytes spilled / bytes of
-shared memory. None of this says how fast a kernel is.
+shared memory. "16 bytes wide": how many of the instructions that access global memory are as wide
+as a thread's can be, of all of them (sm_90); the others read and write statistics, weights, masks,
+or rows whose length 16 bytes don't divide. None of this says how fast a kernel is.
 
 {table(head, body)}
 """
+
+
+def named(row: dict[str, Any]) -> str:
+    """Return the name of a row's case."""
+    shape = "x".join(map(str, row["shape"]))
+    return f"{row['norm']} {shape} {row['layout']} {row['dtype']} {row['mode']}"
+
+
+def against(rows: Rows, whose: str) -> list[float]:
+    """Return how many times faster than a contestant, by row, where it took part."""
+    return [r[whose]["/torch"] / r["normkit"]["/torch"] for r in rows if whose in r]
+
+
+def spread(values: list[float]) -> str:
+    """Return a geometric mean, with the least and the largest."""
+    if not values:
+        return "-"
+    return f"{statistics.geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def gpu_goals(rows: Rows) -> str:
+    """Return what was wanted of the kernels, and what came out."""
+    large, small = of(rows, size="large"), of(rows, size="small")
+
+    def shares(norms: tuple[str, ...], modes: tuple[str, ...], key: str) -> list[float]:
+        chosen = [r for r in large if r["norm"].startswith(norms) and r["mode"] in modes]
+        return [r["normkit"][key] for r in chosen]
+
+    by_rows, forward = ("LN", "RMS", "add"), ("training", "evaluation")
+    own = "of copy with second reads"
+    better = [min(a, b) for a, b in zip(against(large, "torch"), _or_torch(large), strict=True)]
+    last = {}
+    for r in large:
+        last.setdefault((r["norm"], *r["shape"], r["dtype"], r["mode"]), {})[r["layout"]] = r
+    pairs = [p for p in last.values() if len(p) == 2]
+    layouts = [
+        p["contiguous"]["normkit"]["ms"] / p["channels_last"]["normkit"]["ms"] for p in pairs
+    ]
+    body = [
+        ["row norms, forward, share of the copy", ">= 0.90", shares(by_rows, forward, "of copy")],
+        ["row norms, backward", ">= 0.80", shares(by_rows, ("backward",), "of copy")],
+        ["batch norm, training, of its own bytes", ">= 0.85", shares(("BN",), ("training",), own)],
+        ["batch norm, backward, of its own bytes", ">= 0.85", shares(("BN",), ("backward",), own)],
+        ["times faster than torch, large", ">= 1.5", against(large, "torch")],
+        ["times faster than torch.compile, large", ">= 1.1", against(large, "compile")],
+        ["times faster than the better of both, worst row", ">= 0.95", better],
+        ["channels_last, times faster than contiguous", ">= 1", layouts],
+        ["times faster than torch, small", ">= 0.83", against(small, "torch")],
+    ]
+    return table(
+        ["what", "goal", "came out: geometric mean (least to most)"],
+        [[what, goal, spread(values)] for what, goal, values in body],
+    )
+
+
+def _or_torch(rows: Rows) -> list[float]:
+    return [r.get("compile", r["torch"])["/torch"] / r["normkit"]["/torch"] for r in rows]
+
+
+def gpu(result: dict[str, Any]) -> str:
+    """Return docs/gpu.md."""
+    rows = [r for r in result["rows"] if "normkit" in r and "torch" in r]
+    names = ("torch again", "normkit", "compile", "liger", "quack")
+    body = [
+        [
+            named(r),
+            f"{r['torch']['ms']:.4g}",
+            f"{r['normkit']['of copy']:.2f}",
+            f"{r['torch']['of copy']:.2f}",
+            *(f"{1 / r[name]['/torch']:.2f}" if name in r else "-" for name in names),
+        ]
+        for r in rows
+    ]
+    net = result.get("resnet50", {})
+    steps = [
+        [name, f"{v['images/s']:.0f}", f"{1 / v['/torch']:.3f}", str(v["peak bytes of a step"])]
+        for name, v in net.items()
+        if isinstance(v, dict) and "images/s" in v
+    ]
+    conformance = result.get("conformance", {"passed": 0, "failures": []})
+    wrong = [f["test"] for f in conformance["failures"]]
+    wrong += [f"{named(r)}: {', '.join(r['failed'])}" for r in result["rows"] if "failed" in r]
+    facts = "\n".join(f"- {key}: {value}" for key, value in result["machine"].items())
+    head = [
+        "case",
+        "torch (ms)",
+        "of copy: normkit",
+        "torch",
+        "times faster: torch again",
+        *names[1:],
+    ]
+    return f"""# GPU benchmark
+
+Written by `benchmarks/render.py` from `benchmarks/results/gpu.json`, which `make bench-gpu`
+measures: all contestants interleaved in one process in alternating order, medians of paired ratios,
+CUDA events. Large cases find the L2 cold; small ones are called many times in a row. Bytes are
+counted once: a forward reads x and writes y (batch norm in training reads x twice), a backward
+reads x and dy and writes dx. "Of copy": the share of a copy's rate, {result["copy GB/s"]} GB/s.
+
+{facts}
+
+{conformance["passed"]} conformance tests passed, {len(conformance["failures"])} failed.
+
+## Goals
+
+{gpu_goals(rows)}
+
+## ResNet-50
+
+A training step, {net.get("batch")} images of {net.get("size")}, bfloat16 autocast, channels_last.
+
+{table(["norms", "images/s", "times faster", "peak bytes of a step"], steps)}
+
+## What failed
+
+{table(["what"], [[w] for w in wrong]) if wrong else "Nothing."}
+
+## Every row
+
+{table(head, body)}
+"""
+
+
+def gpu_summary(result: dict[str, Any]) -> str:
+    """Return the README's lines on GPUs."""
+    rows = [r for r in result["rows"] if "normkit" in r and "torch" in r]
+    large, small = of(rows, size="large"), of(rows, size="small")
+    machine = result["machine"]
+    return (
+        f"On NVIDIA GPUs the layers run on Triton kernels. Times faster than torch "
+        f"({machine.get('gpu')}, torch {machine['torch']}), geometric mean with "
+        f"the slowest\nand the fastest row: large tensors {spread(against(large, 'torch'))}, small "
+        f"ones {spread(against(small, 'torch'))}, large\nones against torch.compile "
+        f"{spread(against(large, 'compile'))}: [docs/gpu.md](docs/gpu.md)."
+    )
 
 
 def picture(result: dict[str, Any], target: Path, scheme: str) -> None:
@@ -272,9 +411,9 @@ def between(mark: str, part: str, text: str) -> str:
     return re.sub(marks, lambda _: part, text, flags=re.DOTALL)
 
 
-def readme(result: dict[str, Any], text: str) -> str:
-    """Return the README with its table written anew."""
-    return between("benchmark", summary(result), text)
+def readme(result: dict[str, Any], text: str, part: str = "benchmark") -> str:
+    """Return the README with its table, or what it says of GPUs, written anew."""
+    return between(part, summary(result) if part == "benchmark" else gpu_summary(result), text)
 
 
 def scale(result: dict[str, Any], text: str) -> str:
@@ -287,11 +426,16 @@ if __name__ == "__main__":
     target = ROOT / "README.md"
     target.write_text(readme(measured, target.read_text()))
     (ROOT / "docs/benchmark.md").write_text(full(measured))
-    target = ROOT / "docs/scale.md"
     timed = json.loads((ROOT / "benchmarks/results/engines.json").read_text())
-    target.write_text(scale(timed, target.read_text()))
+    page = ROOT / "docs/scale.md"
+    page.write_text(scale(timed, page.read_text()))
     compiled = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
     (ROOT / "docs/kernels.md").write_text(kernels(compiled))
+    on_gpu = ROOT / "benchmarks/results/gpu.json"
+    if on_gpu.exists():
+        result = json.loads(on_gpu.read_text())
+        target.write_text(readme(result, target.read_text(), "gpu"))
+        (ROOT / "docs/gpu.md").write_text(gpu(result))
     if "--no-picture" not in sys.argv:
         for scheme, name in (("light", "benchmark.png"), ("dark", "benchmark-dark.png")):
             picture(measured, ROOT / "docs" / name, scheme)

@@ -13,7 +13,7 @@ from . import backend, recompute
 from .backend import aten, reference
 from .spec import Inputs, Spec
 from .statistics import Moments
-from .sync import Merge
+from .sync import Merge, Settings
 
 
 def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor, ...]:
@@ -89,7 +89,7 @@ def _backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tens
     return (None, dx, dweight, dbias, dresidual, None, dadd, None, None, None, None)
 
 
-def moments(spec: Spec, inputs: Inputs, merge: Merge, settings: dict[str, Any]) -> Moments:
+def moments(spec: Spec, inputs: Inputs, merge: Merge, settings: Settings) -> Moments:
     """The moments of all ranks' batches together, which a recomputation doesn't ask for again.
 
     Where the formula itself is traced they are functions of x, else constants.
@@ -114,7 +114,7 @@ def normalize_merged(spec: Spec, inputs: Inputs, merge: Merge, n: Tensor | int) 
     return backend.choose(spec, inputs).normalize(spec, inputs)[0]
 
 
-def _merged(own: Tensor, merge: Merge, settings: dict[str, Any]) -> Moments:
+def _merged(own: Tensor, merge: Merge, settings: Settings) -> Moments:
     """As `Merge.moments`, differentiable."""
     return Moments(*_OfAllRanks.apply(own, merge, settings).unbind())
 
@@ -127,7 +127,7 @@ class _OfAllRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(own: Tensor, merge: Merge, settings: dict[str, Any]) -> Tensor:
+    def forward(own: Tensor, merge: Merge, settings: Settings) -> Tensor:
         return torch.stack(merge.moments(own, settings, whole=False))  # type: ignore[arg-type]
 
     @staticmethod
@@ -180,8 +180,10 @@ class _NormalizeMerged(torch.autograd.Function):
             dy = torch.zeros_like(inputs.x)
         if torch.is_grad_enabled():
             # Someone differentiates this backward: the statistics must be functions of x again.
+            x = inputs.x
             own = reference.moments(spec, inputs._replace(mean=None, rstd=None))
-            batch = _merged(own, ctx.merge, {"backward of a backward": True})
+            again = Settings(own.shape[1], x.dtype, "backward of a backward", spec.eps, None, True)
+            batch = _merged(own, ctx.merge, again)
             inputs = inputs._replace(mean=batch.mean, var=batch.var, rstd=None)
             verbs: Any = reference
         else:

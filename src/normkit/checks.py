@@ -77,19 +77,14 @@ def check_batch_statistics(
     """Each ghost batch has more than one value per channel, and eps keeps a constant one finite."""
     count = ghosts[-1][1] * math.prod(x.shape[2:])
     if count == 1 and mask is None:
+        batch = "channel" if x.shape[0] == 1 else "channel of a ghost batch"
         raise ValueError(
-            too_few(x, "channel" if x.shape[0] == 1 else "channel of a ghost batch")
+            f"expected more than 1 value per {batch} when training, got input of shape "
+            f"{tuple(x.shape)}, whose variance is 0; use a larger batch (DataLoader("
+            "drop_last=True) drops a last batch of one) or ghost size, .eval(), or a norm that "
+            "needs no batch (GroupNorm, LayerNorm)"
         )
     check_positive_eps(eps)
-
-
-def too_few(x: Tensor, pool: str) -> str:
-    return (
-        f"expected more than 1 value per {pool} when training, got input of shape "
-        f"{tuple(x.shape)}, whose variance is 0; use a larger batch (DataLoader(drop_last=True) "
-        "drops a last batch of one) or ghost size, .eval(), or a norm that needs no batch "
-        "(GroupNorm, LayerNorm)"
-    )
 
 
 def check_positive_eps(eps: float) -> None:

@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--activation", help="sigmoid, tanh or relu")
     add("--inputs", help="standardized, raw, min-max or whitened (default: standardized)")
     add("--placement", help="norms before or after the activation (default: before)")
-    add("--arms", help="comma-separated names of the arms to run (default: all)")
+    add("--arms", help="the arms to run, comma-separated, as in a shell: '*-2,*-32' (default: all)")
     add("--seeds", type=int, metavar="N", help="seeds to pair the arms by (default: 6)")
     add("--steps", type=int, metavar="N", help="training steps of each run")
     add("--batch-size", type=int, metavar="N", help="samples to a batch (default: 60)")
@@ -129,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--ray-address", metavar="HOST:PORT", help="the cluster (default: the one found here)")
     add("--stats", help="under torchrun: norms sync over all ranks, or local to each")
     add("--out", metavar="DIR", help="the folder of the results (default: under runs/)")
+    add(
+        "--tensorboard",
+        action="store_true",
+        default=None,
+        help="write event files for TensorBoard as well, into the folder of the results",
+    )
     _add_tools(commands)
     return parser
 

@@ -27,8 +27,11 @@ def explain(layer: nn.Module, *args: Any, **kwargs: Any) -> str:
     """
     if not isinstance(layer, layers._Norm):
         raise TypeError(f"explain takes a normkit layer, got {type(layer).__name__}")
+    alone = copy.deepcopy(layer)
+    if isinstance(alone, layers._BatchLayer):
+        alone.merge = None
     with torch.no_grad(), backend.watch() as calls:
-        copy.deepcopy(layer)(*args, **kwargs)
+        alone(*args, **kwargs)
     if not calls:
         return f"{layer} runs on: torch's operators; it is no case of the formula"
     spec, inputs = calls[0]

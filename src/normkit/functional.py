@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.fx
@@ -40,12 +39,11 @@ from .checks import (
     check_normalized_shape,
     check_positive_eps,
     check_running,
-    too_few,
 )
 from .pool import BATCH, CHANNELS, INSTANCE, Pool, ghost, group, last
 from .spec import Inputs, Spec, check_momentum, compute_dtype
 from .statistics import Moments, Running
-from .sync import Merge, RankError
+from .sync import Merge, RankError, Settings
 
 _AUTOCAST_TO_FLOAT32 = {"cuda": ("layer_norm", "rms_norm", "group_norm")}
 """What torch's autocast runs in float32, by device; its other norms keep the input's dtype."""
@@ -541,21 +539,18 @@ def _merged(
     spec = Spec(BATCH, eps, given=True)
     settings = _settings(norm, x, eps, momentum)
     batch = autograd.moments(spec, Inputs(x, mask=mask), merge, settings)
-    if batch.n == 1:
-        raise RankError(too_few(x, "channel of all ranks together"))
+    if isinstance(batch.n, int) and batch.n == 1:
+        raise RankError(
+            "expected more than 1 value per channel when training, got 1 on all ranks together, "
+            "whose variance is 0; use a larger batch, .eval(), or a norm that needs no batch "
+            "(GroupNorm, LayerNorm)"
+        )
     return batch
 
 
-def _settings(norm: str, x: Tensor, eps: float, momentum: float | None) -> dict[str, Any]:
-    """What must be the same on all ranks."""
-    return {
-        "channels": x.shape[1],
-        "dtype": str(x.dtype).removeprefix("torch."),
-        "norm": norm,
-        "eps": eps,
-        "momentum": momentum,
-        "input gradient": torch.is_grad_enabled() and x.requires_grad,
-    }
+def _settings(norm: str, x: Tensor, eps: float, momentum: float | None) -> Settings:
+    gradient = torch.is_grad_enabled() and x.requires_grad
+    return Settings(x.shape[1], x.dtype, norm, eps, momentum, gradient)
 
 
 def _by_merged(

@@ -145,7 +145,8 @@ class _BatchLayer(_Norm, _BatchNorm):
             return super()._call(function, *args, **kwargs)
         except (ValueError, TypeError) as error:
             if "merge" in kwargs:
-                kwargs["merge"].fail(error, *args, self.weight, self.running_mean)
+                tensors = (*args, self.weight, self.running_mean)
+                super()._call(kwargs["merge"].fail, error.__cause__, *tensors)
             raise
 
     def _formula(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:

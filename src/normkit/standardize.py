@@ -12,6 +12,7 @@ import torch.fx
 from torch import Tensor
 
 from .layers import _Norm
+from .sync import gathered
 
 
 class Standardize(_Norm):
@@ -71,7 +72,11 @@ class Standardize(_Norm):
 
     @torch.no_grad()
     def fit(
-        self, data: Tensor | Iterable[Any], pick: Callable[[Any], Tensor] | None = None
+        self,
+        data: Tensor | Iterable[Any],
+        pick: Callable[[Any], Tensor] | None = None,
+        *,
+        process_group: Any = None,
     ) -> Standardize:
         """Take the statistics of the data, in one pass, in float64; what was fitted is replaced.
 
@@ -79,6 +84,9 @@ class Standardize(_Norm):
             data: a tensor, or an iterable of batches, as a DataLoader is.
             pick: the input of a batch, as `lambda batch: batch["image"]`, where a batch isn't a
                 tensor itself.
+            process_group: whose ranks' data count together, and of whose ranks all must call it;
+                `torch.distributed.group.WORLD` for all. A rank may have none. All get the same
+                statistics, to the bit, or an error.
 
         Returns:
             self.
@@ -87,20 +95,14 @@ class Standardize(_Norm):
             ValueError: no data; a feature without a value; infinite values; NaN without
                 `ignore_nan`; a batch of another shape.
             TypeError: a batch that isn't a tensor, or isn't real.
+            RuntimeError: another rank failed; it says why.
 
         An exception, also one of the data's own, leaves the statistics as they were.
         """
-        total: _Moments | None = None
-        for batch in [data] if isinstance(data, Tensor) else data:
-            x = batch if pick is None else pick(batch)
-            if not isinstance(x, Tensor):
-                raise TypeError(
-                    f"{self}: expected batches that are tensors, got {type(x).__name__}; give "
-                    "fit(data, pick=...) a function that takes the input out of a batch, as "
-                    "pick=lambda batch: batch[0]"
-                )
-            moments = self._call(_moments, x, self.shape, self.channels_first, self.ignore_nan)
-            total = moments if total is None else _merge(total, moments)
+        if process_group is None:
+            total = self._seen(data, pick)
+        else:
+            total = self._seen_by_all(data, pick, process_group)
         if total is None or not total.count.any():
             raise ValueError(f"{self}: fitted on nothing; the data held no values")
         if not total.count.all():
@@ -117,6 +119,42 @@ class Standardize(_Norm):
         self.count.copy_(total.count)
         self._fitted = True
         return self
+
+    def _seen(
+        self, data: Tensor | Iterable[Any], pick: Callable[[Any], Tensor] | None
+    ) -> _Moments | None:
+        total: _Moments | None = None
+        for batch in [data] if isinstance(data, Tensor) else data:
+            x = batch if pick is None else pick(batch)
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"{self}: expected batches that are tensors, got {type(x).__name__}; give "
+                    "fit(data, pick=...) a function that takes the input out of a batch, as "
+                    "pick=lambda batch: batch[0]"
+                )
+            moments = self._call(_moments, x, self.shape, self.channels_first, self.ignore_nan)
+            total = moments if total is None else _merge(total, moments)
+        return total
+
+    def _seen_by_all(
+        self,
+        data: Tensor | Iterable[Any],
+        pick: Callable[[Any], Tensor] | None,
+        process_group: Any,
+    ) -> _Moments | None:
+        """What all ranks have seen, merged in the order of the ranks; what one raises, all raise."""
+        try:
+            own = self._seen(data, pick)
+        except Exception as error:
+            gathered(f"{type(error).__name__}: {error}", process_group)
+            raise
+        total: _Moments | None = None
+        for rank, seen in enumerate(gathered(own and own.cpu(), process_group)):
+            if isinstance(seen, str):
+                raise RuntimeError(f"{self}: rank {rank} failed: {seen}")
+            if seen is not None:
+                total = seen if total is None else _merge(total, seen)
+        return total
 
     def forward(self, input: Tensor) -> Tensor:
         """(input - mean) / std, of the input's shape."""
@@ -155,6 +193,9 @@ class _Moments:
     count: Tensor
     mean: Tensor
     m2: Tensor
+
+    def cpu(self) -> _Moments:
+        return _Moments(self.count.cpu(), self.mean.cpu(), self.m2.cpu())
 
 
 def _moments(x: Tensor, shape: tuple[int, ...], channels_first: bool, ignore_nan: bool) -> _Moments:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,14 +18,42 @@ from torch import Tensor, nn
 from . import statistics
 from .statistics import Moments
 
-_HEADER = 3
-"""What a message says before its moments: channels, fingerprint of the settings, whole or masked."""
+_NORMS = ("batch", "ghost", "renorm", "backward of a backward")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class RankError(ValueError):
     """Ranks that don't fit together; every rank raises it alike."""
+
+
+class Settings(NamedTuple):
+    """What must be the same on all ranks; each message begins with it, as numbers."""
+
+    channels: int
+    dtype: torch.dtype
+    norm: str
+    eps: float
+    momentum: float | None
+    input_gradient: bool
+
+    def numbers(self) -> list[float]:
+        dtype = _DTYPES.index(self.dtype) if self.dtype in _DTYPES else len(_DTYPES)
+        momentum = -1.0 if self.momentum is None else self.momentum
+        norm = _NORMS.index(self.norm)
+        return [self.channels, dtype, norm, self.eps, momentum, self.input_gradient]
+
+    def texts(self) -> dict[str, str]:
+        return {
+            name.replace("_", " "): str(value).removeprefix("torch.")
+            for name, value in self._asdict().items()
+        }
+
+
+_SETTINGS = len(Settings._fields)
+_HEADER = _SETTINGS + 1
+"""Of a message, before its moments: the settings, and whether nothing is masked."""
 
 
 class _Shared:
@@ -56,8 +83,7 @@ class Merge:
     Where no process group is initialized there is nobody to merge with: said once, and the batch
     counts alone, as it does in a group of one rank.
 
-    Every message starts with the channels and a fingerprint of the dtype and the settings of the
-    layer. Ranks that differ all raise the same `RankError`, which lists what each has. A message has
+    Every message starts with the settings of the layer. Ranks that differ all raise the same `RankError`, which lists what each has. A message has
     as many channels as the ranks last agreed on, at first none; a rank that has others says so in
     a message of that size, and only if all have others do all send again. So a layer's first call,
     and the first after a change of channels, take one more collective, and no rank ever waits in
@@ -95,7 +121,7 @@ class Merge:
             )
         return dist.get_world_size(self.process_group)
 
-    def moments(self, own: Tensor, settings: dict[str, Any], *, whole: bool) -> Moments:
+    def moments(self, own: Tensor, settings: Settings, *, whole: bool) -> Moments:
         """The moments of all ranks' batches together, the same bits on each rank.
 
         Args:
@@ -104,8 +130,8 @@ class Merge:
             whole: nothing is masked, so that all channels have the same count.
         """
         everyone, all_whole = self._exchange(own, settings, whole)
-        batch = statistics.pooled(Moments(*everyone.unbind(1)))
-        return batch._replace(n=int(batch.n[0])) if all_whole else batch
+        n, mean, var = statistics.pooled(Moments(*everyone.unbind(1))).spread()
+        return Moments(int(n[0]) if all_whole else n, mean, var)
 
     def total(self, own: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
@@ -126,12 +152,10 @@ class Merge:
         if self._gather(nothing)[:, :_HEADER].any():
             raise self._disagreement(f"{type(error).__name__}: {error}") from error
 
-    def _exchange(
-        self, own: Tensor, settings: dict[str, Any], whole: bool
-    ) -> tuple[Tensor, bool]:
+    def _exchange(self, own: Tensor, settings: Settings, whole: bool) -> tuple[Tensor, bool]:
         """(W, 3, C): every rank's moments; and whether they are known to be whole on all."""
         channels = own.shape[1]
-        head = [channels, zlib.crc32(repr(settings).encode()), whole]
+        head = [*settings.numbers(), whole]
         header = torch.tensor(head, dtype=torch.float64, device=own.device)
         if torch.compiler.is_compiling():
             everyone = self._gather(torch.cat([header, own.flatten()]))
@@ -144,9 +168,9 @@ class Merge:
             all_whole = False
             if own.is_cpu or not fits:
                 heads = everyone[:, :_HEADER].tolist()
-                if any(other[:2] != heads[0][:2] for other in heads):
-                    raise self._disagreement(settings)
-                all_whole = all(other[2] for other in heads)
+                if any(other[:_SETTINGS] != heads[0][:_SETTINGS] for other in heads):
+                    raise self._disagreement(settings.texts())
+                all_whole = all(other[_SETTINGS] for other in heads)
             else:
                 _check_alike(everyone)  # without waiting for the device
             if fits:
@@ -176,10 +200,9 @@ class Merge:
 
     def _disagreement(self, own: Any) -> RankError:
         """The error that lists what every rank has, from what this one has; all ranks call it."""
-        said: list[Any] = [None] * self.ranks()
-        dist.all_gather_object(said, own, group=self.process_group)
+        said = gathered(own, self.process_group)
         known = [one for one in said if isinstance(one, dict)]
-        differing = [k for k in known[0] if len({str(one[k]) for one in known}) > 1]
+        differing = [k for k in known[0] if len({one[k] for one in known}) > 1]
         shown = differing or ["channels", "dtype"]
         texts = [
             ", ".join(f"{k} {one[k]}" for k in shown) if isinstance(one, dict) else one
@@ -189,8 +212,17 @@ class Merge:
         return RankError(f"all ranks must fit together, got {ranks}")
 
 
+def gathered(value: Any, process_group: Any = None) -> list[Any]:
+    """Every rank's value, in the order of the ranks; where there are none, this one's alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(everyone, value, group=process_group)
+    return everyone
+
+
 def _check_alike(everyone: Tensor) -> None:
-    alike = (everyone[:, :2] == everyone[:1, :2]).all()
+    alike = (everyone[:, :_SETTINGS] == everyone[:1, :_SETTINGS]).all()
     torch._assert_async(
         alike, "synchronized statistics: ranks differ in channels, dtype or the layer's settings"
     )
@@ -220,4 +252,4 @@ def let_ddp_take(layer: type[nn.Module]) -> None:
         sync = [m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]
         refuse(self, nn.ModuleList(m for m in sync if not isinstance(m, layer)))
 
-    nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = refuse_others
+    setattr(nn.parallel.DistributedDataParallel, refuse.__name__, refuse_others)

@@ -84,9 +84,7 @@ def normalize_backward(
     return _backward(spec, inputs, dy, None, dtotal)
 
 
-def sums(
-    spec: Spec, inputs: Inputs, dy: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def sums(spec: Spec, inputs: Inputs, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `reference.sums`, of batch norm."""
     weight, bias = inputs.weight, inputs.bias
     of_dz = torch.ops.normkit.sums.default(
@@ -99,9 +97,7 @@ def sums(
     )
 
 
-def gradient(
-    spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def gradient(spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor) -> tuple[Tensor, Tensor | None]:
     """As `reference.gradient`."""
     dx, _, _, dz = _backward(spec, inputs, dy, means, None)
     return dx, dz

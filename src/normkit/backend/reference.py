@@ -83,9 +83,7 @@ def normalize_backward(
     return dx, dweight, dbias, spec.pool.unview(dz).to(inputs.x.dtype)
 
 
-def sums(
-    spec: Spec, inputs: Inputs, dy: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def sums(spec: Spec, inputs: Inputs, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The sums of g and of g * x̂ over each pool, stacked, in float64; dweight and dbias."""
     standard, _, dz, g = _gradients(spec, inputs, dy)
     axes = spec.pool.axes(g.dim())

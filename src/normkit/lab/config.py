@@ -1,6 +1,7 @@
 """What a study is run with: the options, their defaults, and a TOML file that holds the same."""
 
 import dataclasses
+import importlib.util
 import os
 import tomllib
 import types
@@ -27,9 +28,14 @@ STATS = ("sync", "local")
 _RATES = {"mlp-sigmoid": 1.0, "mlp-tanh": 0.1, "mlp-relu": 0.1, "cnn": 0.3, "resnet": 0.1}
 _ADAPTIVE_RATE = 0.001
 _STEPS = {"mlp": 3000, "cnn": 1000, "resnet": 600}
+# Measured more often than after so many batches, a short run would cost more to measure than to do.
+_FEWEST_STEPS = 6
 
 # Where and how fast the runs are computed; a folder's results don't depend on these.
-_NOT_IDENTITY = ("data_root", "seeds", "jobs", "out", "arms", "engine", "ray_address")
+_NOT_IDENTITY = (
+    *("data_root", "seeds", "jobs", "out", "arms"),
+    *("engine", "ray_address", "tensorboard"),
+)
 # What a report's command leaves out: how fast its numbers come depends on these, no more.
 _NOT_COMMAND = ("jobs", "engine", "ray_address", "ranks")
 
@@ -64,6 +70,7 @@ class Config:
     ranks: int = 1
     arms: str | None = None
     out: str | None = None
+    tensorboard: bool = False
 
     def resolved(self, study: str, length: float = 1.0) -> "Config":
         """Return the configuration with every default filled in, checked.
@@ -99,6 +106,11 @@ class Config:
         if self.ray_address is not None and self.engine != "ray":
             raise LabError(f"--ray-address {self.ray_address} is for --engine ray; give both")
         _check_device(self.device)
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise LabError(
+                "--tensorboard needs the package tensorboard, not installed here; "
+                "pip install 'normkit[tensorboard]' brings it"
+            )
         stats = self._stats(size())
 
         activation = self.activation or ("sigmoid" if self.model == "mlp" else "relu")
@@ -119,7 +131,8 @@ class Config:
             activation=activation,
             steps=steps,
             lr=self.lr or (rate / 10 if self.optimizer == "momentum" else rate),
-            eval_every=self.eval_every or max(1, steps // (100 if self.model == "mlp" else 40)),
+            eval_every=self.eval_every
+            or max(min(_FEWEST_STEPS, steps), steps // (100 if self.model == "mlp" else 40)),
             # On a cluster as many as it has room for.
             jobs=self.jobs or (None if self.engine == "ray" else jobs),
             stats=stats,
@@ -163,8 +176,9 @@ class Config:
             words = ["torchrun", "--nproc-per-node", str(self.ranks), "-m", *words]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and field.name not in _NOT_COMMAND:
-                words += [_flag(field.name), str(value)]
+            if value is None or value is False or field.name in _NOT_COMMAND:
+                continue
+            words += [_flag(field.name)] if value is True else [_flag(field.name), str(value)]
         return words
 
 

@@ -16,9 +16,10 @@ from normkit.lab.config import Config
 from normkit.lab.data import Data, load_data, scaled
 from normkit.lab.engine import Engine, engine_for
 from normkit.lab.errors import LabError
+from normkit.lab.measures import duration
 from normkit.lab.models import build, check
 from normkit.lab.probe import Probe, look
-from normkit.lab.progress import Progress, duration
+from normkit.lab.progress import Progress
 from normkit.lab.report import Section, page
 from normkit.lab.run import done
 from normkit.lab.store import Store, write_file

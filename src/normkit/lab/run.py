@@ -1,10 +1,10 @@
 """Run a study: load, resume, tune, train, record, judge, report."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from normkit.lab.arms import GRID_SEED, Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data, load_data
 from normkit.lab.engine import Engine, engine_for
+from normkit.lab.events import Events
 from normkit.lab.models import check
 from normkit.lab.progress import Progress
 from normkit.lab.report import Section, page
@@ -19,7 +20,7 @@ from normkit.lab.store import Run, Store, write_file
 from normkit.lab.study import Evidence, Findings, Study
 from normkit.lab.train import Task
 from normkit.lab.user import fingerprint
-from normkit.lab.verdict import smoothed
+from normkit.lab.verdict import FEWEST, TOO_FEW, smoothed
 
 
 def run_study(study: Study, given: Config, progress: Progress) -> Findings:
@@ -41,7 +42,6 @@ def done(study: Study, given: Config, progress: Progress, engine: Engine) -> Sec
 
     Raises NotApplicable where the study can't be done with this data and model.
     """
-    started = time.monotonic()
     config = given.resolved(study.name, study.length)
     data = load_data(config)
     arms = study.chosen(study.arms(config, data), config.arms)
@@ -70,6 +70,8 @@ def done(study: Study, given: Config, progress: Progress, engine: Engine) -> Sec
             for name, factor in factors.items()
         }
         findings = study.judge(Evidence(config, arms, runs, tuned, factors))
+        if config.seeds < FEWEST:
+            findings = replace(findings, notes=[TOO_FEW, *findings.notes])
         ended = [run for run in store.runs() if run.id in trainer.numbers]
         return Section(
             study,
@@ -79,7 +81,7 @@ def done(study: Study, given: Config, progress: Progress, engine: Engine) -> Sec
             ended,
             findings,
             store.versions(),
-            time.monotonic() - started,
+            store.spend(),
         )
     finally:
         store.close()
@@ -104,6 +106,8 @@ class _Trainer:
         self.progress = progress
         self.engine = engine
         self.numbers: set[int] = set()
+        folder = Path(str(given.resolved(study.name).out)) / "tensorboard"
+        self.events = Events(folder) if given.tensorboard else None
 
     def train(self, wanted: Iterable[tuple[Arm, int]]) -> dict[str, list[Run]]:
         """Return the ended runs of the wanted arms and seeds, by arm name."""
@@ -113,6 +117,8 @@ class _Trainer:
         for arm, seed in wanted:
             config = arm.applied(given, study.name, study.length)
             run, checkpoint = self.store.add(arm, seed, config.identity())
+            if self.events:
+                self.events.begin(run)
             numbers.add(run.id)
             if run.status == "running":
                 # The runs of the grid only choose a rate: nobody looks into them.
@@ -122,14 +128,20 @@ class _Trainer:
         by_run = {task.run: task for task in tasks}
         if tasks:
             self.progress.begin(tasks, len(numbers) - len(tasks))
+            started = time.monotonic()
             reports = self.engine.run(tasks, self.data, self._again)
             try:
                 for report in reports:
                     self.store.write(report)
+                    if self.events:
+                        self.events.write(report)
                     self.progress.update(by_run[report.run], report)
             finally:
                 # Ends the workers, also when the store or the display raised.
                 reports.close()
+                self.store.spend(time.monotonic() - started)
+                if self.events:
+                    self.events.close()
                 self.progress.end()
         by_arm: dict[str, list[Run]] = {}
         for run in self.store.runs():
@@ -138,8 +150,10 @@ class _Trainer:
         return by_arm
 
     def _again(self, task: Task) -> Task:
-        _, checkpoint = self.store.add(task.arm, task.seed, task.config.identity())
-        return dataclasses.replace(task, checkpoint=checkpoint)
+        run, checkpoint = self.store.add(task.arm, task.seed, task.config.identity())
+        if self.events:
+            self.events.again(run)
+        return replace(task, checkpoint=checkpoint)
 
 
 def best_factor(

@@ -26,7 +26,7 @@ _FUNCTIONS: dict[Any, str] = {
 }
 _METHODS = {"relu": "relu", "relu_": "relu"}
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_FUSING = ("batch", "instance", "group")
+_FUSING = ("batch", "sync", "instance", "group")
 
 
 def fuse_epilogues(

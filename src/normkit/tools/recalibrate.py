@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import BatchRenorm
+from ..layers import BatchRenorm, _BatchLayer
+from ..sync import gathered
 from .model import (
     Forward,
     Only,
@@ -80,7 +80,8 @@ def recalibrate(
     Untouched, and named in the report: frozen layers (by class, by `freeze()`, or in evaluation
     inside a model in training), and layers that no batch reached. Where torch.distributed is
     initialized the ranks' statistics are merged, so every rank must call it; ranks may differ in
-    their number of batches, unless layers that synchronize by themselves run in one pass. A model
+    their number of batches. Synchronized layers normalize as in training while every rank has a
+    batch, and by each rank's own after that. A model
     inside DistributedDataParallel runs without it.
 
     Args:
@@ -191,8 +192,11 @@ def _pass(
         # The running averages move meanwhile; `preserved` puts them back.
         layer.training = not sequential
     read = 0
-    with _hooks(layers, lambda name, x, mask: watched[name].see(x, mask)):
-        for read, batch in enumerate(_counted(loader, progress), 1):
+    with (
+        _hooks(layers, lambda name, x, mask: watched[name].see(x, mask)),
+        closing(_in_step(model, _counted(loader, progress))) as batches,
+    ):
+        for read, batch in enumerate(batches, 1):
             try:
                 run(model, batch)
             except ValueError as error:
@@ -208,6 +212,28 @@ def _pass(
     for layer in layers.values():
         layer.training = False
     return read
+
+
+def _in_step(model: nn.Module, batches: Iterator[Any]) -> Generator[Any]:
+    """The batches; where a rank has no more, layers stop to wait for it, on all ranks at once."""
+    merges = {m: m.merge for m in model.modules() if isinstance(m, _BatchLayer) and m.merge}
+    together = bool(merges) and len(gathered(None)) > 1
+    end = object()
+    try:
+        while True:
+            batch = next(batches, end)
+            if together and not all(gathered(batch is not end)):
+                together = False
+                for layer in merges:
+                    layer.merge = None
+            if batch is end:
+                return
+            yield batch
+    finally:
+        if together:
+            gathered(False)
+        for layer, merge in merges.items():
+            layer.merge = merge
 
 
 def _converged(watched: dict[str, Spread], tolerance: float | None) -> bool:
@@ -229,16 +255,7 @@ def _order(
         for batch in loader:
             run(model, batch)
             break
-    return next(filter(None, _gather(list(reached))), [])
-
-
-def _gather(value: Any) -> list[Any]:
-    """Every rank's value, in the order of the ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
+    return next(filter(None, gathered(list(reached))), [])
 
 
 @contextmanager
@@ -247,9 +264,9 @@ def _together() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _gather(f"{type(error).__name__}: {error}")
+        gathered(f"{type(error).__name__}: {error}")
         raise
-    for rank, said in enumerate(_gather(None)):
+    for rank, said in enumerate(gathered(None)):
         if said is not None:
             raise ToolError(f"rank {rank} failed: {said}")
 
@@ -282,7 +299,7 @@ def _over_ranks(own: dict[str, Moments | None]) -> dict[str, Moments]:
         name: m and Moments(m.count.cpu(), m.mean.cpu(), m.m2.cpu()) for name, m in own.items()
     }
     merged: dict[str, Moments] = {}
-    for moments_of in _gather(on_cpu):
+    for moments_of in gathered(on_cpu):
         for name, moments in moments_of.items():
             if moments is not None:
                 merged[name] = merged[name].merge(moments) if name in merged else moments

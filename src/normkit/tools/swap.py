@@ -105,9 +105,7 @@ def swap(
     fused: dict[str, str] = {}
     untraced: dict[str, str] = {}
     with undone_on_failure(model):
-        rows, result, pairs = _swap_all(
-            model, kind, function, only, number, process_group
-        )
+        rows, result, pairs = _swap_all(model, kind, function, only, number, process_group)
         if fuse:
             result, fused, untraced = fuse_epilogues(result, example, run)
         after = outputs(result, example, run)
@@ -166,9 +164,7 @@ def _swap_all(
         if not chosen(only, name, module):
             continue
         if module not in pairs:
-            pairs[module], row = _replacement(
-                model, name, module, kind, to, number, process_group
-            )
+            pairs[module], row = _replacement(model, name, module, kind, to, number, process_group)
             rows.append(row)
         if parent is None:
             model = pairs[module]
@@ -202,10 +198,7 @@ def _replacement(
     norm, why = _taken(module, kind)
     if norm is None:
         return module, Swapped(name or "the model", was, "-", "-", f"left: {why}")
-    if to is None:
-        new = make(kind or norm.kind, norm, number, process_group)
-    else:
-        new = to(norm.shape[0])
+    new = make(kind or norm.kind, norm, number, process_group) if to is None else to(norm.shape[0])
     affine, note = adopt(module, new, tensor_like(module, model), keep_affine=to is None)
     now = type(new).__name__
     if isinstance(new, nn.GroupNorm):
