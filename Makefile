@@ -25,9 +25,10 @@ bench-engines: .venv/ready
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/render.py --no-picture
 
-# On a machine with an NVIDIA GPU, with its own Python, torch and triton: conformance, then the table.
+# On a machine with an NVIDIA GPU, with its own Python, torch and triton: conformance, ResNet-50, the
+# table. ARGS="--stages table --only bfloat16 --seconds 540" makes it part by part.
 bench-gpu:
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu.json
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu.json $(ARGS)
 
 # The core's tests under AddressSanitizer and UBSan, in a copy of the package.
 sanitize: .venv/ready
