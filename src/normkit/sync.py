@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import statistics
+from .backend import aten
 from .statistics import Moments
 
 _NORMS = ("batch", "ghost", "renorm", "backward of a backward")
@@ -83,13 +84,16 @@ class Merge:
     Where no process group is initialized there is nobody to merge with: said once, and the batch
     counts alone, as it does in a group of one rank.
 
-    Every message starts with the settings of the layer. Ranks that differ all raise the same `RankError`, which lists what each has. A message has
-    as many channels as the ranks last agreed on, at first none; a rank that has others says so in
-    a message of that size, and only if all have others do all send again. So a layer's first call,
+    Every message starts with the settings of the layer. Ranks that differ all raise the same
+    `RankError`, which lists what each has; so they do if one has an error of its own. A message has
+    as many channels as the ranks last agreed on, at first none; a rank that has others says so in a
+    message of that size, and only if all have others do all send again. So a layer's first call,
     and the first after a change of channels, take one more collective, and no rank ever waits in
-    a collective that another doesn't know of. Not found this way: a rank that doesn't call the
-    layer, being in evaluation or elsewhere, which ends in the process group's timeout; and layers
-    with a different history, as one used before and a new one.
+    one that another doesn't know of.
+
+    Not found this way: a rank that doesn't call the layer, being in evaluation or elsewhere, which
+    ends in the group's timeout; layers with another history, one used before and one new; and in
+    compiled code, where nothing is looked at before it is sent, other channels.
     """
 
     def __init__(self, process_group: Any = None, layer: Any = "synchronized statistics") -> None:
@@ -109,7 +113,9 @@ class Merge:
         return tracer.create_node("get_attr", f"{path}.merge" if path else "merge", (), {})
 
     def ranks(self) -> int:
-        """How many there are; 1 where no process group is initialized."""
+        """How many there are; 1 without a process group, and in an exported graph."""
+        if aten.exporting():
+            return 1
         if not (dist.is_available() and dist.is_initialized()):
             if not torch.compiler.is_compiling():
                 _say_alone()
@@ -141,9 +147,8 @@ class Merge:
     def fail(self, error: Exception, *tensors: Any) -> None:
         """Tell the ranks that wait for this one's moments why it can't send any.
 
-        It is told on the device of the first of the tensors.
-
-        Returns where all ranks failed; else all raise the same `RankError`.
+        Returns where all ranks failed; else all raise the same `RankError`. The first of the
+        tensors says on which device messages go.
         """
         if isinstance(error, RankError) or torch.compiler.is_compiling() or self.ranks() == 1:
             return
