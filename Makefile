@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench bench-gpu sanitize chromium clean
+.PHONY: demo test check bench bench-gpu bench-sync sanitize chromium clean
 
 demo: .venv/ready
 	$(BIN)/normkit study speed --out runs/demo
@@ -23,6 +23,11 @@ bench: .venv/ready
 # On a machine with an NVIDIA GPU, with its own Python, torch and triton: conformance, then the table.
 bench-gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu.json
+
+# Two processes on gloo, two minutes alone on the machine.
+bench-sync: .venv/ready
+	$(BIN)/python benchmarks/sync.py --out benchmarks/results/sync.json
+	$(BIN)/python benchmarks/render.py --no-picture
 
 # The core's tests under AddressSanitizer and UBSan, in a copy of the package.
 sanitize: .venv/ready

@@ -1,4 +1,4 @@
-"""Write the tables in README.md and docs/benchmark.md, and the picture, from results/cpu.json.
+"""Write the tables in README.md and docs/, and the picture, from results/.
 
     normkit bench --out benchmarks/results/cpu.json
     python benchmarks/render.py
@@ -168,6 +168,41 @@ shared memory. None of this says how fast a kernel is.
 """
 
 
+def synchronized(result: dict[str, Any], text: str) -> str:
+    """Return docs/sync.md with its table written anew."""
+    machine = result["machine"]
+    body = [
+        [
+            "x".join(map(str, r["shape"])),
+            f"{r['local_ms']:.3g}",
+            f"{r['collectives_ms']:.3g}",
+            f"{r['synchronized/local']:.2f}",
+            f"{r['overhead/collectives']:.2f}",
+        ]
+        for r in result["rows"]
+    ]
+    head = [
+        "input of one process",
+        "batch norm alone (ms)",
+        "the two collectives alone (ms)",
+        "synchronized / alone",
+        "(synchronized - alone) / collectives",
+    ]
+    said = (
+        "Forward and backward in two processes on gloo and 127.0.0.1, a thread each "
+        f"({machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, load "
+        f"{machine['load']:.1f}),\nmedians, written by `benchmarks/render.py` from "
+        "`benchmarks/results/sync.json` (`make bench-sync`).\nWhat the last column has over 1 is the "
+        "second read of the input, which alone would be in cache, and Python."
+    )
+    return _between_marks(text, f"{said}\n\n{table(head, body)}")
+
+
+def _between_marks(text: str, part: str) -> str:
+    part = f"<!-- benchmark -->\n\n{part}\n\n<!-- /benchmark -->"
+    return re.sub(r"<!-- benchmark -->.*<!-- /benchmark -->", lambda _: part, text, flags=re.DOTALL)
+
+
 def picture(result: dict[str, Any], target: Path, scheme: str) -> None:
     """Save each large case's distance from the floor, ours and torch's, as a PNG."""
     import plotly.graph_objects as go
@@ -214,8 +249,7 @@ def picture(result: dict[str, Any], target: Path, scheme: str) -> None:
 
 def readme(result: dict[str, Any], text: str) -> str:
     """Return the README with its table written anew."""
-    part = f"<!-- benchmark -->\n\n{summary(result)}\n\n<!-- /benchmark -->"
-    return re.sub(r"<!-- benchmark -->.*<!-- /benchmark -->", lambda _: part, text, flags=re.DOTALL)
+    return _between_marks(text, summary(result))
 
 
 if __name__ == "__main__":
@@ -225,6 +259,9 @@ if __name__ == "__main__":
     (ROOT / "docs/benchmark.md").write_text(full(measured))
     compiled = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
     (ROOT / "docs/kernels.md").write_text(kernels(compiled))
+    over_ranks = json.loads((ROOT / "benchmarks/results/sync.json").read_text())
+    page = ROOT / "docs/sync.md"
+    page.write_text(synchronized(over_ranks, page.read_text()))
     if "--no-picture" not in sys.argv:
         for scheme, name in (("light", "benchmark.png"), ("dark", "benchmark-dark.png")):
             picture(measured, ROOT / "docs" / name, scheme)

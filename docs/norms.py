@@ -28,6 +28,7 @@ FORMULA = {
     "GhostBatchNorm(C, S)": "ghost:S",
     "BatchRenorm(C)": "renorm",
     "FrozenBatchNorm(C)": "frozen",
+    "SyncBatchNorm(C)": "sync",
     "InstanceNorm1d(C)": "",
     "InstanceNorm2d(C)": "",
     "InstanceNorm3d(C)": "",
@@ -62,7 +63,7 @@ POOLS = {
 }
 
 EPILOGUE = ("act", "residual", "add")
-METHODS = ("freeze", "accumulate")
+METHODS = ("freeze", "accumulate", "synchronize")
 
 TEXT = """\
 # Every norm

@@ -192,7 +192,8 @@ class _NormalizeMerged(torch.autograd.Function):
         dx = dresidual = None
         sums, dweight, dbias = verbs.sums(spec, inputs, dy)
         if ctx.needs_input_grad[3]:
-            sums = _Total.apply(sums, ctx.merge)
+            again = torch.is_grad_enabled()
+            sums = _Total.apply(sums, ctx.merge) if again else ctx.merge.total(sums)
             means = sums / (n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1))
             dx, dz = verbs.gradient(spec, inputs, dy, means)
             dresidual = dz if ctx.has_residual else None

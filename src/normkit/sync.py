@@ -99,6 +99,7 @@ class Merge:
     def __init__(self, process_group: Any = None, layer: Any = "synchronized statistics") -> None:
         self._shared, self.layer = _Shared(process_group), layer
         self._agreed = 0
+        self._last: tuple[Any, Tensor] = (None, torch.empty(0))
 
     @property
     def process_group(self) -> Any:
@@ -106,7 +107,7 @@ class Merge:
         return self._shared.group
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_agreed": 0}
+        return self.__dict__ | {"_agreed": 0, "_last": (None, torch.empty(0))}
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
         path = tracer.path_of_module(self.layer)
@@ -160,8 +161,7 @@ class Merge:
     def _exchange(self, own: Tensor, settings: Settings, whole: bool) -> tuple[Tensor, bool]:
         """(W, 3, C): every rank's moments; and whether they are known to be whole on all."""
         channels = own.shape[1]
-        head = [*settings.numbers(), whole]
-        header = torch.tensor(head, dtype=torch.float64, device=own.device)
+        header = self._header(settings, whole, own.device)
         if torch.compiler.is_compiling():
             everyone = self._gather(torch.cat([header, own.flatten()]))
             _check_alike(everyone)
@@ -182,9 +182,21 @@ class Merge:
                 return everyone[:, _HEADER:].unflatten(1, own.shape), all_whole
             self._agreed = channels
 
+    def _header(self, *content: Any) -> Tensor:
+        """Settings, whole, and the device that it lies on; the last one is kept."""
+        if torch.compiler.is_compiling() or self._last[0] != content:
+            settings, whole, device = content
+            numbers = [*settings.numbers(), whole]
+            header = torch.tensor(numbers, dtype=torch.float64, device=device)
+            if torch.compiler.is_compiling():
+                return header
+            self._last = (content, header)
+        return self._last[1]
+
     def _gather(self, message: Tensor) -> Tensor:
         """Every rank's message, (W, *)."""
-        everyone = message.new_empty(self.ranks() * message.numel())
+        ranks = dist.get_world_size(self.process_group)
+        everyone = message.new_empty(ranks * message.numel())
         self._collective(_all_gather, everyone, message, what="statistics")
         return everyone.unflatten(0, (-1, message.numel()))
 
