@@ -192,8 +192,8 @@ def synchronized(result: dict[str, Any], text: str) -> str:
         "Forward and backward in two processes on gloo and 127.0.0.1, a thread each "
         f"({machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, load "
         f"{machine['load']:.1f}),\nmedians, written by `benchmarks/render.py` from "
-        "`benchmarks/results/sync.json` (`make bench-sync`).\nWhat the last column has over 1 is the "
-        "second read of the input, which alone would be in cache, and Python."
+        "`benchmarks/results/sync.json` (`make bench-sync`).\nWhat the last column has over 1 is a "
+        "second read of the input, which alone would be in cache, Python, and waiting."
     )
     return _between_marks(text, f"{said}\n\n{table(head, body)}")
 
