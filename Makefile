@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench bench-engines bench-gpu sanitize chromium clean
+.PHONY: demo test check bench bench-engines bench-gpu bench-sync sanitize chromium clean
 
 demo: .venv/ready
 	$(BIN)/normkit study speed --out runs/demo
@@ -29,6 +29,11 @@ bench-engines: .venv/ready
 # table. ARGS="--stages table --only bfloat16 --seconds 540" makes it part by part.
 bench-gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu.json $(ARGS)
+
+# Two processes on gloo, two minutes alone on the machine.
+bench-sync: .venv/ready
+	$(BIN)/python benchmarks/sync.py --out benchmarks/results/sync.json
+	$(BIN)/python benchmarks/render.py --no-picture
 
 # The core's tests under AddressSanitizer and UBSan, in a copy of the package.
 sanitize: .venv/ready

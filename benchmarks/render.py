@@ -353,6 +353,36 @@ def picture(result: dict[str, Any], target: Path, scheme: str) -> None:
         browser.close()
 
 
+def synchronized(result: dict[str, Any], text: str) -> str:
+    """Return docs/sync.md with its table written anew."""
+    machine = result["machine"]
+    body = [
+        [
+            "x".join(map(str, r["shape"])),
+            f"{r['local_ms']:.3g}",
+            f"{r['collectives_ms']:.3g}",
+            f"{r['synchronized/local']:.2f}",
+            f"{r['overhead/collectives']:.2f}",
+        ]
+        for r in result["rows"]
+    ]
+    head = [
+        "input of one process",
+        "batch norm alone (ms)",
+        "the two collectives alone (ms)",
+        "synchronized / alone",
+        "(synchronized - alone) / collectives",
+    ]
+    said = (
+        "Forward and backward in two processes on gloo and 127.0.0.1, a thread each "
+        f"({machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, load "
+        f"{machine['load']:.1f}),\nmedians, written by `benchmarks/render.py` from "
+        "`benchmarks/results/sync.json` (`make bench-sync`).\nWhat the last column has over 1 is a "
+        "second read of the input, which alone would be in cache, Python, and waiting."
+    )
+    return between("benchmark", f"{said}\n\n{table(head, body)}", text)
+
+
 def engines(result: dict[str, Any]) -> str:
     """Return what docs/scale.md says of the engines' costs."""
     costs = result["microseconds"]
@@ -370,10 +400,10 @@ def engines(result: dict[str, Any]) -> str:
     bytes_ = result["checkpoint bytes"]
     return "\n\n".join(
         [
-            f"Measured by `benchmarks/engines.py` ({machine['cpu']}, {machine['cores']} cores, torch "
-            f"{machine['torch']}, Ray {machine['ray']}), {result['runs']} runs of "
-            f"{result['steps']:,} steps, two at a time, medians of {len(result['rounds'])} rounds in "
-            "turn, starting the workers included:",
+            f"Measured by `benchmarks/engines.py` ({machine['cpu']}, {machine['cores']} cores, "
+            f"torch {machine['torch']}, Ray {machine['ray']}), {result['runs']} runs of "
+            f"{result['steps']:,} steps, two at a time, medians of {len(result['rounds'])} rounds "
+            "in turn, starting the workers included:",
             table(
                 ["", "seconds"],
                 [
@@ -384,7 +414,8 @@ def engines(result: dict[str, Any]) -> str:
                     ["connecting to it", f"{result['connect seconds']:.1f}"],
                 ],
             ),
-            f"What a report costs on its way, in microseconds (the checkpoint has {bytes_:,} bytes):",
+            "What a report costs on its way, in microseconds (the checkpoint has "
+            f"{bytes_:,} bytes):",
             table(
                 ["", *kinds],
                 [[way, *(f"{costs[way][kind]:,.0f}" for kind in kinds)] for way in costs],
@@ -429,6 +460,9 @@ if __name__ == "__main__":
     timed = json.loads((ROOT / "benchmarks/results/engines.json").read_text())
     page = ROOT / "docs/scale.md"
     page.write_text(scale(timed, page.read_text()))
+    over_ranks = json.loads((ROOT / "benchmarks/results/sync.json").read_text())
+    page = ROOT / "docs/sync.md"
+    page.write_text(synchronized(over_ranks, page.read_text()))
     compiled = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
     (ROOT / "docs/kernels.md").write_text(kernels(compiled))
     on_gpu = ROOT / "benchmarks/results/gpu.json"

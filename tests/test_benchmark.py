@@ -38,6 +38,13 @@ def test_the_page_on_scale_has_the_committed_results():
     assert render().scale(result, page) == page
 
 
+def test_the_table_of_ranks_is_the_committed_result():
+    result = json.loads((ROOT / "benchmarks/results/sync.json").read_text())
+    page = (ROOT / "docs/sync.md").read_text()
+    assert render().synchronized(result, page) == page
+    assert {row["channels"] for row in result["rows"]} == {64, 512, 2048}
+
+
 def test_the_table_of_kernels_is_the_committed_result_and_nothing_spills():
     result = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
     assert render().kernels(result) == (ROOT / "docs/kernels.md").read_text()

@@ -14,6 +14,7 @@ EXAMPLES = {
     "ghost:2": normkit.GhostBatchNorm,
     "renorm": normkit.BatchRenorm,
     "frozen": normkit.FrozenBatchNorm,
+    "sync": normkit.SyncBatchNorm,
     "instance": normkit.InstanceNorm,
     "group:4": normkit.GroupNorm,
     "layer": normkit.LayerNorm,
@@ -28,6 +29,7 @@ def test_every_name_has_an_example():
     assert [name.partition(":")[0] for name in EXAMPLES] == list(NORMS)
 
 
+@pytest.mark.filterwarnings("ignore:no process group is initialized")
 @pytest.mark.parametrize("shape", [(3, 8, 5), (3, 8, 4, 5), (2, 8, 2, 3, 4)], ids=str)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_it_makes_the_layer_for_any_channels_first_input(name, shape):

@@ -182,8 +182,10 @@ class _NormalizeMerged(torch.autograd.Function):
             # Someone differentiates this backward: the statistics must be functions of x again.
             x = inputs.x
             own = reference.moments(spec, inputs._replace(mean=None, rstd=None))
-            again = Settings(own.shape[1], x.dtype, "backward of a backward", spec.eps, None, True)
-            batch = _merged(own, ctx.merge, again)
+            settings = Settings(
+                own.shape[1], x.dtype, "backward of a backward", spec.eps, None, True
+            )
+            batch = _merged(own, ctx.merge, settings)
             inputs = inputs._replace(mean=batch.mean, var=batch.var, rstd=None)
             verbs: Any = reference
         else:
@@ -192,7 +194,8 @@ class _NormalizeMerged(torch.autograd.Function):
         dx = dresidual = None
         sums, dweight, dbias = verbs.sums(spec, inputs, dy)
         if ctx.needs_input_grad[3]:
-            sums = _Total.apply(sums, ctx.merge)
+            again = torch.is_grad_enabled()
+            sums = _Total.apply(sums, ctx.merge) if again else ctx.merge.total(sums)
             means = sums / (n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1))
             dx, dz = verbs.gradient(spec, inputs, dy, means)
             dresidual = dz if ctx.has_residual else None

@@ -472,7 +472,7 @@ def _ghosts(samples: int, size: int) -> list[tuple[int, int]]:
     """
     check_ghost_size(size)
     ghosts = max(1, -(-samples // size))
-    smaller, larger = divmod(samples, ghosts)
+    smaller, larger = samples // ghosts, samples % ghosts
     return [(n, k) for n, k in ((larger, smaller + 1), (ghosts - larger, smaller)) if n]
 
 

@@ -166,7 +166,7 @@ class _BatchLayer(_Norm, _BatchNorm):
                 initialized the layer stays local, and says so once.
 
         Raises (the forward and the backward):
-            RankError (a ValueError): ranks that differ in channels, dtype or settings; on all ranks.
+            RankError (a ValueError): on all ranks, where they differ in channels, dtype, settings.
             RuntimeError: a rank that doesn't come before the group's timeout.
         """
         self.merge = Merge(process_group, self)

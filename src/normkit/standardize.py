@@ -142,7 +142,7 @@ class Standardize(_Norm):
         pick: Callable[[Any], Tensor] | None,
         process_group: Any,
     ) -> _Moments | None:
-        """What all ranks have seen, merged in the order of the ranks; what one raises, all raise."""
+        """What all ranks have seen, merged in their order; what one raises, all raise."""
         try:
             own = self._seen(data, pick)
         except Exception as error:

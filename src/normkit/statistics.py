@@ -65,7 +65,8 @@ def pooled(parts: Moments) -> Moments:
     n = each.sum(0)
     share = each / n.clamp(min=1)
     mean = (share * means).sum(0)
-    var = (share * (variances + (means - mean).square())).sum(0)
+    delta = means - mean
+    var = (share * torch.addcmul(variances, delta, delta)).sum(0)
     return Moments(n, mean, var)
 
 

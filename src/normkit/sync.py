@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import statistics
+from .backend import aten
 from .statistics import Moments
 
 _NORMS = ("batch", "ghost", "renorm", "backward of a backward")
@@ -83,18 +84,22 @@ class Merge:
     Where no process group is initialized there is nobody to merge with: said once, and the batch
     counts alone, as it does in a group of one rank.
 
-    Every message starts with the settings of the layer. Ranks that differ all raise the same `RankError`, which lists what each has. A message has
-    as many channels as the ranks last agreed on, at first none; a rank that has others says so in
-    a message of that size, and only if all have others do all send again. So a layer's first call,
+    Every message starts with the settings of the layer. Ranks that differ all raise the same
+    `RankError`, which lists what each has; so they do if one has an error of its own. A message has
+    as many channels as the ranks last agreed on, at first none; a rank that has others says so in a
+    message of that size, and only if all have others do all send again. So a layer's first call,
     and the first after a change of channels, take one more collective, and no rank ever waits in
-    a collective that another doesn't know of. Not found this way: a rank that doesn't call the
-    layer, being in evaluation or elsewhere, which ends in the process group's timeout; and layers
-    with a different history, as one used before and a new one.
+    one that another doesn't know of.
+
+    Not found this way: a rank that doesn't call the layer, being in evaluation or elsewhere, which
+    ends in the group's timeout; layers with another history, one used before and one new; and in
+    compiled code, where nothing is looked at before it is sent, other channels.
     """
 
     def __init__(self, process_group: Any = None, layer: Any = "synchronized statistics") -> None:
         self._shared, self.layer = _Shared(process_group), layer
         self._agreed = 0
+        self._last: tuple[Any, Tensor] = (None, torch.empty(0))
 
     @property
     def process_group(self) -> Any:
@@ -102,14 +107,16 @@ class Merge:
         return self._shared.group
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_agreed": 0}
+        return self.__dict__ | {"_agreed": 0, "_last": (None, torch.empty(0))}
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
         path = tracer.path_of_module(self.layer)
         return tracer.create_node("get_attr", f"{path}.merge" if path else "merge", (), {})
 
     def ranks(self) -> int:
-        """How many there are; 1 where no process group is initialized."""
+        """How many there are; 1 without a process group, and in an exported graph."""
+        if aten.exporting():
+            return 1
         if not (dist.is_available() and dist.is_initialized()):
             if not torch.compiler.is_compiling():
                 _say_alone()
@@ -141,9 +148,8 @@ class Merge:
     def fail(self, error: Exception, *tensors: Any) -> None:
         """Tell the ranks that wait for this one's moments why it can't send any.
 
-        It is told on the device of the first of the tensors.
-
-        Returns where all ranks failed; else all raise the same `RankError`.
+        Returns where all ranks failed; else all raise the same `RankError`. The first of the
+        tensors says on which device messages go.
         """
         if isinstance(error, RankError) or torch.compiler.is_compiling() or self.ranks() == 1:
             return
@@ -155,8 +161,7 @@ class Merge:
     def _exchange(self, own: Tensor, settings: Settings, whole: bool) -> tuple[Tensor, bool]:
         """(W, 3, C): every rank's moments; and whether they are known to be whole on all."""
         channels = own.shape[1]
-        head = [*settings.numbers(), whole]
-        header = torch.tensor(head, dtype=torch.float64, device=own.device)
+        header = self._header(settings, whole, own.device)
         if torch.compiler.is_compiling():
             everyone = self._gather(torch.cat([header, own.flatten()]))
             _check_alike(everyone)
@@ -177,9 +182,21 @@ class Merge:
                 return everyone[:, _HEADER:].unflatten(1, own.shape), all_whole
             self._agreed = channels
 
+    def _header(self, *content: Any) -> Tensor:
+        """Settings, whole, and the device that it lies on; the last one is kept."""
+        if torch.compiler.is_compiling() or self._last[0] != content:
+            settings, whole, device = content
+            numbers = [*settings.numbers(), whole]
+            header = torch.tensor(numbers, dtype=torch.float64, device=device)
+            if torch.compiler.is_compiling():
+                return header
+            self._last = (content, header)
+        return self._last[1]
+
     def _gather(self, message: Tensor) -> Tensor:
         """Every rank's message, (W, *)."""
-        everyone = message.new_empty(self.ranks() * message.numel())
+        ranks = dist.get_world_size(self.process_group)
+        everyone = message.new_empty(ranks * message.numel())
         self._collective(_all_gather, everyone, message, what="statistics")
         return everyone.unflatten(0, (-1, message.numel()))
 

@@ -283,10 +283,13 @@ def test_what_is_left_is_named_with_the_reason():
 
 def test_an_activation_inside_is_never_lost():
     model = create("efficientnet_b0")
-    report = normkit.swap(model, "sync")
+    report = normkit.swap(model, lambda channels: nn.BatchNorm2d(channels))
     inside = [row for row in report.rows if "would lose the activation inside (silu)" in row.note]
     assert inside
     assert all(row.now == "-" for row in inside)
+    normkit.swap(model, "sync")
+    assert type(model.bn1) is normkit.SyncBatchNorm
+    assert model.bn1.act == "silu"
     normkit.swap(model, "group")
     assert model.bn1.act == "silu"
 

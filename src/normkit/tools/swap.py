@@ -89,8 +89,9 @@ def swap(
         to the optimizer, with an example the largest change of the output and the largest output.
 
     Raises:
-        ToolError: unknown `to`; a process_group for another `to`; an optimizer together with `copy`; a model of scripted, quantized
-            or lazy modules. After any exception the model is as it was.
+        ToolError: unknown `to`; a process_group for another `to` than "sync"; an optimizer together
+            with `copy`; a model of scripted, quantized or lazy modules. After any exception the
+            model is as it was.
     """
     if copy and optimizer is not None:
         raise ToolError("the optimizer holds the model's parameters, not a copy's; leave one out")
