@@ -196,7 +196,7 @@ def contestants(
         except Exception as error:
             if fatal(error):
                 raise
-            failed[name] = last_lines(error)
+            failed[name] = last_lines(error, 4000 if name == "normkit" else 800)
     return found, failed
 
 
@@ -223,8 +223,8 @@ def fatal(error: BaseException) -> bool:
     return "CUDA error" in str(error) and "out of memory" not in str(error)
 
 
-def last_lines(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))[-4000:]
+def last_lines(error: BaseException, most: int = 4000) -> str:
+    return "".join(traceback.format_exception(error))[-most:]
 
 
 # ---- times
