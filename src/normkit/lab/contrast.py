@@ -145,7 +145,7 @@ def contrast_figures(
             "within one percentage point, the difference counts as little.",
             alt="; ".join(f"{label}: {e.median:+.1f} points" for label, e in share.items()),
             rows=[Interval(label, shown[label][0], e) for label, e in share.items()],
-            x=Axis("difference in test accuracy, percentage points"),
+            x=Axis("percentage points"),
             level=(-100 * ACCURACY_MARGIN, 0.0, 100 * ACCURACY_MARGIN),
         ),
         intervals(

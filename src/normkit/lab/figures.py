@@ -271,10 +271,11 @@ def intervals(
         "annotations": [],
         "height": 110 + 34 * len(rows),
     }
-    if levels and not x.log:
-        low, high = min(low, *levels), max(high, *levels)
-        edge = 0.04 * ((high - low) or 1.0)
-        layout["xaxis"]["range"] = [low - edge, high + edge]
+    # Room for the dots, and for the levels where all intervals lie on one side.
+    if x.log and "range" in layout["xaxis"]:
+        layout["xaxis"]["range"] = _wider(*layout["xaxis"]["range"])
+    elif levels:
+        layout["xaxis"]["range"] = _wider(min(low, *levels), max(high, *levels))
     layout["shapes"] = [
         {
             "type": "line",
@@ -421,6 +422,11 @@ def _axis(axis: Axis, values: Sequence[float] = (), most: int = 12) -> dict[str,
                 "tickvals": _ticks(first, last, most),
             }
     return made
+
+
+def _wider(first: float, last: float) -> list[float]:
+    edge = 0.04 * ((last - first) or 1.0)
+    return [first - edge, last + edge]
 
 
 def _ticks(first: float, last: float, most: int) -> list[float]:

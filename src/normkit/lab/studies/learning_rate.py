@@ -362,7 +362,7 @@ def _figures(
             "width",
             "How wide the range is that works",
             "Rates around the best with at least 99 % of its test accuracy",
-            Axis("width of the range, decades"),
+            Axis("decades of rates"),
         ),
         (
             "best",

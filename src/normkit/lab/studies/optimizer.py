@@ -394,7 +394,7 @@ def _figures(
             "seeds, each arm at its best rate. Left is flatter.",
             alt="; ".join(f"{row.label}: {row.effect.median:.3g}" for row in rows),
             rows=rows,
-            x=Axis("largest eigenvalue of the Hessian", log=True),
+            x=Axis("largest eigenvalue", log=True),
         )
     yield panels(
         name="trajectory",
@@ -415,8 +415,8 @@ def _figures(
             )
             for norm, label in NETWORKS.items()
         ],
-        x=Axis("training loss (nats)", log=True),
-        y=Axis("largest eigenvalue of the Hessian", log=True),
+        x=Axis("training loss (nats)", log=True, format="~g"),
+        y=Axis("largest eigenvalue", log=True),
     )
     yield panels(
         name="accuracy",
