@@ -35,7 +35,7 @@ def net(norm):
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Start `normkit study speed` on two ranks, in an empty folder."""
+    """Start `normkit study` on two ranks, in an empty folder."""
     started = []
 
     def start(*words, restarts=0):
@@ -44,7 +44,7 @@ def torchrun(tmp_path):
                 *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
                 *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"),
                 *("--local-addr=127.0.0.1", f"--max-restarts={restarts}", "-m", "normkit"),
-                *("study", "speed", *map(str, words)),
+                *("study", *map(str, words)),
             ],
             cwd=tmp_path,
             text=True,
@@ -64,7 +64,7 @@ def torchrun(tmp_path):
 
 def test_with_synced_statistics_two_ranks_train_like_one_process(torchrun, command, tmp_path):
     arms = "none,batch,batch-x5"
-    process = torchrun(*SHORT, arms, "--out", "two")
+    process = torchrun("speed", *SHORT, arms, "--out", "two")
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
     assert stdout.count("3 runs to train") == stdout.count("Report: two") == 1
@@ -87,7 +87,7 @@ def test_a_killed_rank_starts_again_and_the_curves_are_bitwise_the_undisturbed_o
     stats, victim, torchrun, tmp_path
 ):
     (tmp_path / "dropping.py").write_text(DROPPING)
-    words = ("--model", "dropping:net", "--steps", 300, "--eval-every", 10, "--seeds", 1)
+    words = ("speed", "--model", "dropping:net", "--steps", 300, "--eval-every", 10, "--seeds", 1)
     words = (*words, "--arms", "none,batch", "--stats", stats, "--out")
     undisturbed = torchrun(*words, "undisturbed")
     assert undisturbed.communicate(timeout=200) is not None
@@ -109,6 +109,13 @@ def test_a_killed_rank_starts_again_and_the_curves_are_bitwise_the_undisturbed_o
     assert "exitcode: -9" in stderr
     assert stdout.count("Report: killed") == 1
     assert curves(tmp_path / "killed") == curves(tmp_path / "undisturbed")
+
+
+def test_a_list_of_the_studies_ends_all_ranks(torchrun):
+    process = torchrun("--list")
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    assert stdout.count("norms: ") == 1
 
 
 @pytest.mark.parametrize(
