@@ -9,10 +9,19 @@ import time
 import psutil
 import pytest
 from folders import curves
+from ranks import on_ranks
 from test_run import progress_in
+from torch import nn
 
+import normkit
+from normkit.lab.arms import Arm
 from normkit.lab.config import Config
+from normkit.lab.data import load_data
 from normkit.lab.errors import LabError
+from normkit.lab.models import check
+from normkit.lab.plan import _pace
+from normkit.lab.ranks import synced
+from normkit.lab.studies import all_studies
 
 # Batches of 25 over two ranks are 13 and 12.
 SHORT = ("--steps", 40, "--eval-every", 10, "--seeds", 1, "--batch-size", 25, "--arms")
@@ -116,6 +125,38 @@ def test_a_list_of_the_studies_ends_all_ranks(torchrun):
     stdout, stderr = process.communicate(timeout=100)
     assert process.returncode == 0, stderr
     assert stdout.count("norms: ") == 1
+
+
+def synced_itself(norm):
+    hidden = [nn.Linear(64, 8), *([norm(8)] if norm else []), normkit.SyncBatchNorm(8), nn.Tanh()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(8, 10))
+
+
+def tried_by_rank_0(rank):
+    if rank > 0:
+        return None
+    study = all_studies()["norms"]
+    config = Config(model="test_torchrun:synced_itself", steps=4).resolved("norms")
+    data = load_data(config)
+    arm = Arm("batch", "batch norm", norm="batch")
+    check(data, [(arm, config)])
+    return _pace(study, arm, config, data)[0] > 0
+
+
+def test_rank_0_tries_a_model_with_synced_norms_of_its_own_by_itself():
+    assert on_ranks(tried_by_rank_0) == {0: True, 1: None}
+
+
+class Own(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x) * 1.0
+
+
+def test_a_norm_that_cannot_be_synced_is_named_with_the_remedy():
+    model = nn.Sequential(nn.BatchNorm1d(4), Own(4))
+    with pytest.raises(LabError, match="sync 1 of the model, a Own: .*; give --stats local"):
+        synced(model, "sync")
+    assert synced(model, "local") is model
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from normkit.layers import BatchNorm
+from normkit.lab.errors import LabError
+from normkit.layers import BatchNorm, _BatchLayer
 from normkit.tools.swap import swap
 
 Sent = TypeVar("Sent")
@@ -111,11 +112,31 @@ def synced(model: nn.Module, stats: str | None) -> nn.Module:
     def foreign(name: str, layer: nn.Module) -> bool:
         return isinstance(layer, _BatchNorm) and not hasattr(layer, "synchronize")
 
-    model = swap(model, "sync", only=foreign).model
+    report = swap(model, "sync", only=foreign)
+    for row in report.rows:
+        if row.note.startswith("left: "):
+            raise LabError(
+                f"--stats sync can't sync {row.layer} of the model, a {row.was}: "
+                f"{row.note.removeprefix('left: ')}; give --stats local"
+            )
+    model = report.model
     for layer in model.modules():
         # Those of normkit stay what they are: ghosts and corrections too have ranks.
         if isinstance(layer, _BatchNorm):
             cast(BatchNorm, layer).synchronize()
+    return model
+
+
+def alone(model: nn.Module) -> nn.Module:
+    """Return the model with no batch norm that waits for other ranks, for one rank to try it."""
+
+    def waits(name: str, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.SyncBatchNorm) and not isinstance(layer, _BatchLayer)
+
+    model = swap(model, "batch", only=waits).model
+    for layer in model.modules():
+        if isinstance(layer, _BatchLayer):
+            layer.merge = None
     return model
 
 
