@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,11 +48,12 @@ def torchrun(tmp_path):
     """Start `normkit study` on two ranks, in an empty folder."""
     started = []
 
-    def start(*words, restarts=0):
+    def start(*words, restarts=0, nodes=1, endpoint="127.0.0.1:0"):
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
-                *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"),
+                *(sys.executable, "-m", "torch.distributed.run"),
+                *(f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}"),
+                *("--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"),
                 *("--local-addr=127.0.0.1", f"--max-restarts={restarts}", "-m", "normkit"),
                 *("study", *map(str, words)),
             ],
@@ -91,9 +93,10 @@ def test_with_synced_statistics_two_ranks_train_like_one_process(torchrun, comma
     assert "ranks is 2 there and 1 now; stats is 'sync' there and None now" in refused.stderr
 
 
-@pytest.mark.parametrize(("stats", "victim"), [("sync", 1), ("local", 0)])
+# On two nodes only one of the agents counts the restart.
+@pytest.mark.parametrize(("stats", "victim", "nodes"), [("sync", 1, 2), ("local", 0, 1)])
 def test_a_killed_rank_starts_again_and_the_curves_are_bitwise_the_undisturbed_ones(
-    stats, victim, torchrun, tmp_path
+    stats, victim, nodes, torchrun, tmp_path
 ):
     (tmp_path / "dropping.py").write_text(DROPPING)
     words = ("speed", "--model", "dropping:net", "--steps", 300, "--eval-every", 10, "--seeds", 1)
@@ -101,20 +104,25 @@ def test_a_killed_rank_starts_again_and_the_curves_are_bitwise_the_undisturbed_o
     undisturbed = torchrun(*words, "undisturbed")
     assert undisturbed.communicate(timeout=200) is not None
     assert undisturbed.returncode == 0
-    killed = torchrun(*words, "killed", restarts=1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"nodes": nodes, "endpoint": f"127.0.0.1:{free.getsockname()[1]}"}
+    agents = [torchrun(*words, "killed", restarts=1, **where) for _ in range(nodes)]
     while not progress_in(tmp_path / "killed/results.sqlite")[2]:
-        assert killed.poll() is None, killed.communicate()
+        for agent in agents:
+            assert agent.poll() is None, agent.communicate()
         time.sleep(0.02)
     steps = progress_in(tmp_path / "killed/results.sqlite")[0]
     assert 0 < steps < 2 * 300
     (rank,) = [
         child
-        for child in psutil.Process(killed.pid).children()
+        for agent in agents
+        for child in psutil.Process(agent.pid).children()
         if child.environ().get("RANK") == str(victim)
     ]
     rank.send_signal(signal.SIGKILL)
-    stdout, stderr = killed.communicate(timeout=200)
-    assert killed.returncode == 0, stderr
+    stdout, stderr = map("".join, zip(*(a.communicate(timeout=200) for a in agents), strict=True))
+    assert [agent.returncode for agent in agents] == [0] * nodes, stderr
     assert "exitcode: -9" in stderr
     assert stdout.count("Report: killed") == 1
     assert curves(tmp_path / "killed") == curves(tmp_path / "undisturbed")

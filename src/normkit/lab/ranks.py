@@ -4,6 +4,8 @@ Alone, every function here is what one process needs: nothing.
 """
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -34,17 +36,45 @@ def rank() -> int:
 
 
 def meet() -> None:
-    """Wait for the others: from here on the ranks can talk. May be called again."""
+    """Wait for the others: from here on the ranks can talk. May be called again.
+
+    Raises LabError where they can't be reached.
+    """
     if dist.is_initialized():
         return
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    # torchrun keeps its store over a restart, and gloo would find the addresses of the dead in it.
-    store, *_ = next(dist.rendezvous("env://"))
-    attempt = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(backend, store=attempt, rank=rank(), world_size=size())
+    try:
+        store, *_ = next(dist.rendezvous("env://"))
+        # torchrun keeps its store over a restart, and gloo would find the dead's addresses in it.
+        attempt = dist.PrefixStore(_attempt(store), store)
+        dist.init_process_group(backend, store=attempt, rank=rank(), world_size=size())
+    except RuntimeError as error:
+        raise LabError(
+            f"rank {rank()} of {size()} could not meet the others "
+            f"({str(error).partition('. ')[0]}); see what they say, then give the same command"
+        ) from None
+
+
+def _attempt(store: dist.Store) -> str:
+    """Return a name that only the ranks share that torchrun started together with this one.
+
+    Its own count of restarts differs between machines. Rank 0 answers every rank that it finds in
+    the store, also a dead one, until the one that now has that number has thanked.
+    """
+    name = uuid.uuid4().hex
+    if rank() > 0:
+        store.set(f"rank {rank()}", name)
+        attempt = store.get(f"answer to {name}").decode()
+        store.set(f"{attempt} has {rank()}", "")
+        return attempt
+    for other in range(1, size()):
+        while not store.check([f"{name} has {other}"]):
+            store.set(f"answer to {store.get(f'rank {other}').decode()}", name)
+            time.sleep(0.01)
+    return name
 
 
 def sent(value: Sent) -> Sent:
