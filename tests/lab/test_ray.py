@@ -8,12 +8,17 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
 from folders import curves
 from two_nodes import ENVIRONMENT
+
+from normkit.lab.config import Config
+from normkit.lab.engine.cluster import Cluster
+from normkit.lab.errors import LabError
 
 pytest.importorskip("ray")
 
@@ -157,6 +162,16 @@ def test_a_model_that_kills_its_worker_is_given_up_and_named(study):
     assert code == 1
     assert stderr.count("no norm, seed 0 was lost (WorkerCrashedError)") == 2
     assert "was lost 3 times without a checkpoint in between" in stderr
+
+
+def test_settings_of_ray_are_gone_with_the_engine(monkeypatch):
+    monkeypatch.setenv("RAY_NUM_REDIS_GET_RETRIES", "2")
+    before = dict(os.environ)
+    # Nothing listens on port 1.
+    cluster = Cluster(Config(engine="ray", ray_address="127.0.0.1:1"))
+    with pytest.raises(LabError, match="no Ray cluster can be reached"), closing(cluster):
+        assert cluster.width
+    assert dict(os.environ) == before
 
 
 def test_an_address_without_a_cluster_is_refused_within_seconds(study):

@@ -9,10 +9,12 @@ import time
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 from folders import curves
-from ranks import on_ranks
 from test_run import progress_in
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import normkit
 from normkit.lab.arms import Arm
@@ -21,8 +23,9 @@ from normkit.lab.data import load_data
 from normkit.lab.errors import LabError
 from normkit.lab.models import check
 from normkit.lab.plan import _pace
-from normkit.lab.ranks import synced
+from normkit.lab.ranks import rehearse, synced
 from normkit.lab.studies import all_studies
+from ranks import on_ranks
 
 # Batches of 25 over two ranks are 13 and 12.
 SHORT = ("--steps", 40, "--eval-every", 10, "--seeds", 1, "--batch-size", 25, "--arms")
@@ -162,9 +165,43 @@ class Own(nn.BatchNorm1d):
 
 def test_a_norm_that_cannot_be_synced_is_named_with_the_remedy():
     model = nn.Sequential(nn.BatchNorm1d(4), Own(4))
-    with pytest.raises(LabError, match="sync 1 of the model, a Own: .*; give --stats local"):
+    with pytest.raises(LabError, match=r"sync 1 of the model, a Own: .*; give --stats local"):
         synced(model, "sync")
     assert synced(model, "local") is model
+
+
+def test_a_parameter_without_a_gradient_is_named():
+    model = nn.Sequential(nn.Linear(4, 2), nn.Tanh())
+    model.register_parameter("idle", nn.Parameter(torch.ones(())))
+    x, y = torch.randn(6, 4), torch.zeros(6, dtype=torch.long)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(LabError, match="doesn't use idle, and ranks"):
+            rehearse(DistributedDataParallel(model), x, y)
+        model.idle.requires_grad_(False)
+        rehearse(DistributedDataParallel(model), x, y)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (1, "torchrun --nproc-per-node 4 -m normkit study speed"),
+        (
+            2,
+            "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 2 "
+            "-m normkit study speed",
+        ),
+    ],
+)
+def test_the_command_starts_as_many_ranks_on_as_many_nodes(nodes, said, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", str(nodes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 // nodes))
+    command = Config().resolved("speed").command("speed")
+    assert " ".join(command).startswith(said + " --data digits")
 
 
 @pytest.mark.parametrize(

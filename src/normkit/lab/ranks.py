@@ -35,6 +35,14 @@ def rank() -> int:
     return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
+def launcher() -> list[str]:
+    """Return the command that starts as many; with several nodes, to be given on each of them."""
+    nodes = int(os.environ["GROUP_WORLD_SIZE"])
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]
+    several = ["--nnodes", str(nodes), *rendezvous] if nodes > 1 else []
+    return ["torchrun", *several, "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+
+
 def meet() -> None:
     """Wait for the others: from here on the ranks can talk. May be called again.
 
@@ -176,6 +184,21 @@ def parallel(model: nn.Module) -> nn.Module:
     Running averages are rank 0's.
     """
     return DistributedDataParallel(model) if size() > 1 else model
+
+
+def rehearse(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Do a step's forward and backward in DDP.
+
+    Raises LabError for parameters without a gradient: DDP would wait for it in the next step.
+    """
+    loss(model, x, y).backward()
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    idle = [name.removeprefix("module.") for name, p in parameters if p.grad is None]
+    if idle:
+        raise LabError(
+            f"the model doesn't use {', '.join(idle)}, and ranks train only parameters that all "
+            "get a gradient; leave them out of the model, or call requires_grad_(False) on them"
+        )
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
