@@ -90,8 +90,8 @@ def test_a_killed_rank_starts_again_and_the_curves_are_bitwise_the_undisturbed_o
     words = ("--model", "dropping:net", "--steps", 300, "--eval-every", 10, "--seeds", 1)
     words = (*words, "--arms", "none,batch", "--stats", stats, "--json", "--out")
     undisturbed = torchrun(*words, "undisturbed")
-    assert undisturbed.communicate(timeout=200) is not None
-    assert undisturbed.returncode == 0
+    _, stderr = undisturbed.communicate(timeout=200)
+    assert undisturbed.returncode == 0, stderr
     killed = torchrun(*words, "killed", restarts=1)
     while not (saved := checkpoints(tmp_path / "killed")):
         assert killed.poll() is None, killed.communicate()
