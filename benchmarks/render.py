@@ -367,13 +367,13 @@ def engines(result: dict[str, Any]) -> str:
     }
     limit = "; ".join(f"{name} {1e6 / share:,.0f} runs" for name, share in busy.items())
     machine = result["machine"]
-    bytes_ = result["checkpoint bytes"]
+    size = result["checkpoint bytes"]
     return "\n\n".join(
         [
-            f"Measured by `benchmarks/engines.py` ({machine['cpu']}, {machine['cores']} cores, torch "
-            f"{machine['torch']}, Ray {machine['ray']}), {result['runs']} runs of "
-            f"{result['steps']:,} steps, two at a time, medians of {len(result['rounds'])} rounds in "
-            "turn, starting the workers included:",
+            f"Measured by `benchmarks/engines.py` ({machine['cpu']}, {machine['cores']} cores,\n"
+            f"torch {machine['torch']}, Ray {machine['ray']}): {result['runs']} runs of "
+            f"{result['steps']:,} steps, two at a time,\nmedians of {len(result['rounds'])} "
+            "rounds, each of both in turn, starting the workers included.",
             table(
                 ["", "seconds"],
                 [
@@ -384,12 +384,12 @@ def engines(result: dict[str, Any]) -> str:
                     ["connecting to it", f"{result['connect seconds']:.1f}"],
                 ],
             ),
-            f"What a report costs on its way, in microseconds (the checkpoint has {bytes_:,} bytes):",
+            f"What a report costs on its way, in microseconds; the checkpoint has {size:,} bytes.",
             table(
                 ["", *kinds],
                 [[way, *(f"{costs[way][kind]:,.0f}" for kind in kinds)] for way in costs],
             ),
-            "Seconds until a new process has the data:",
+            "Seconds until a new process has the data.",
             table(
                 ["", "loaded", "from Ray's object store"],
                 [

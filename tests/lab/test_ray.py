@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from folders import curves
+from folders import checkpoints, curves, steps_told
 from two_nodes import ENVIRONMENT
 
 from normkit.lab.config import Config
@@ -74,23 +74,10 @@ class Study:
         return process.returncode, stdout, stderr
 
     def wait_for_checkpoints(self, process, out, count):
-        path = self.folder / out / "results.sqlite"
-        while True:
+        while len(found := checkpoints(self.folder / out)) < count:
             assert process.poll() is None, process.communicate()
-            if checkpoints(path) >= count:
-                return
             time.sleep(0.02)
-
-
-def checkpoints(path):
-    try:
-        database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-        found = database.execute("select count(*) from run where checkpoint is not null")
-        count = found.fetchone()[0]
-        database.close()
-    except sqlite3.OperationalError:
-        return 0
-    return count
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +106,13 @@ def unbroken(study):
 def test_a_killed_driver_goes_on_and_ends_with_the_curves_of_the_local_engine(study, unbroken):
     words = (*LONG, "--model", "mine:net", *study.on_ray, "--out", "driver")
     process = study.start(*words)
-    study.wait_for_checkpoints(process, "driver", 2)
+    saved = study.wait_for_checkpoints(process, "driver", 2)
     process.kill()
     process.communicate()
     code, stdout, stderr = study.end(*words)
     assert (code, stderr) == (0, "")
     assert json.loads(stdout.splitlines()[0])["runs"] == 4
+    assert all(steps_told(stdout)[run][0] > step for run, step in saved.items())
     assert curves(study.folder / "driver") == unbroken
 
 
@@ -195,7 +183,7 @@ def test_an_address_without_a_cluster_is_refused_within_seconds(study):
 def test_a_killed_node_loses_nothing_and_nothing_is_twice(study, unbroken):
     words = (*LONG, "--model", "mine:net", *study.on_ray, "--out", "node")
     process = study.start(*words)
-    study.wait_for_checkpoints(process, "node", 2)
+    saved = study.wait_for_checkpoints(process, "node", 2)
     raylet = psutil.Process(study.raylet)
     for part in [raylet, *raylet.children(recursive=True)]:
         os.kill(part.pid, signal.SIGKILL)
@@ -204,7 +192,7 @@ def test_a_killed_node_loses_nothing_and_nothing_is_twice(study, unbroken):
     # One run or both, as Ray had placed them.
     assert stderr.count("was lost") >= 1
     assert "goes on elsewhere from its last checkpoint" in stderr
-    assert [json.loads(line)["event"] for line in stdout.splitlines()][-1] == "result"
+    assert json.loads(stdout.splitlines()[-1])["event"] == "result"
     assert curves(study.folder / "node") == unbroken
     database = sqlite3.connect(study.folder / "node/results.sqlite")
     assert database.execute("select count(*), count(distinct arm || seed) from run").fetchone() == (
@@ -212,3 +200,8 @@ def test_a_killed_node_loses_nothing_and_nothing_is_twice(study, unbroken):
         4,
     )
     database.close()
+    # What was lost went on from its checkpoint, not from its beginning.
+    told = steps_told(stdout)
+    for run, step in saved.items():
+        reached = next(place for place, at in enumerate(told[run]) if at >= step)
+        assert min(told[run][reached:]) >= step
