@@ -204,14 +204,15 @@ def _study(options: argparse.Namespace) -> int:
         )
         return 1
     from normkit.lab import ranks
+    from normkit.lab.engine.together import dismiss, follow
     from normkit.lab.errors import LabError
 
     if ranks.rank() > 0:
-        from normkit.lab.engine.together import follow
-
         return follow()
     try:
-        return _run(options)
+        _run(options)
+        dismiss()
+        return 0
     except LabError as error:
         print(f"normkit: error: {error}", file=sys.stderr)
         return 1
@@ -223,9 +224,8 @@ def _study(options: argparse.Namespace) -> int:
         return 130
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     from normkit.lab.config import Config, read_toml
-    from normkit.lab.engine.together import dismiss
     from normkit.lab.errors import LabError, unknown
     from normkit.lab.plan import run_all, seconds
     from normkit.lab.progress import progress_for
@@ -236,7 +236,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.list:
         for study in studies.values():
             print(f"{study.name}: {study.claim}\n    {study.source}")
-        return 0
+        return
     if options.study is None:
         raise LabError(f"no study named; all, or one of: {', '.join(studies)}")
     if options.study not in ("all", *studies):
@@ -256,12 +256,9 @@ def _run(options: argparse.Namespace) -> int:
             tail = [] if options.budget is None else ["--budget", options.budget]
             print(shlex.join(given.resolved("all").command("all") + tail), flush=True)
         run_all(studies, given, budget, progress)
-        dismiss()
-        return 0
+        return
     study = studies[options.study]
     config = given.resolved(study.name, study.length)
     if not options.json:
         print(shlex.join(config.command(study.name)), flush=True)
     run_study(study, given, progress)
-    dismiss()
-    return 0

@@ -3,16 +3,29 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 from folders import checkpoints, curves, steps_told
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+import normkit
+from normkit.lab.arms import Arm
 from normkit.lab.config import Config
+from normkit.lab.data import load_data
 from normkit.lab.errors import LabError
+from normkit.lab.models import check
+from normkit.lab.plan import _pace
+from normkit.lab.ranks import rehearse, synced
+from normkit.lab.studies import all_studies
+from ranks import on_ranks
 
 # Batches of 25 over two ranks are 13 and 12.
 SHORT = ("--steps", 40, "--eval-every", 10, "--seeds", 1, "--batch-size", 25, "--arms")
@@ -35,16 +48,17 @@ def net(norm):
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Start `normkit study speed` on two ranks, in an empty folder."""
+    """Start `normkit study` on two ranks, in an empty folder."""
     started = []
 
-    def start(*words, restarts=0):
+    def start(*words, restarts=0, nodes=1, endpoint="127.0.0.1:0"):
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
-                *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"),
+                *(sys.executable, "-m", "torch.distributed.run"),
+                *(f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}"),
+                *("--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"),
                 *("--local-addr=127.0.0.1", f"--max-restarts={restarts}", "-m", "normkit"),
-                *("study", "speed", *map(str, words)),
+                *("study", *map(str, words)),
             ],
             cwd=tmp_path,
             text=True,
@@ -64,7 +78,7 @@ def torchrun(tmp_path):
 
 def test_with_synced_statistics_two_ranks_train_like_one_process(torchrun, command, tmp_path):
     arms = "none,batch,batch-x5"
-    process = torchrun(*SHORT, arms, "--out", "two")
+    process = torchrun("speed", *SHORT, arms, "--out", "two")
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
     assert stdout.count("3 runs to train") == stdout.count("Report: two") == 1
@@ -82,34 +96,114 @@ def test_with_synced_statistics_two_ranks_train_like_one_process(torchrun, comma
     assert "ranks is 2 there and 1 now; stats is 'sync' there and None now" in refused.stderr
 
 
-@pytest.mark.parametrize(("stats", "victim"), [("sync", 1), ("local", 0)])
+# On two nodes only one of the agents counts the restart.
+@pytest.mark.parametrize(("stats", "victim", "nodes"), [("sync", 1, 2), ("local", 0, 1)])
 def test_a_killed_rank_starts_again_and_the_curves_are_bitwise_the_undisturbed_ones(
-    stats, victim, torchrun, tmp_path
+    stats, victim, nodes, torchrun, tmp_path
 ):
     (tmp_path / "dropping.py").write_text(DROPPING)
-    words = ("--model", "dropping:net", "--steps", 300, "--eval-every", 10, "--seeds", 1)
+    words = ("speed", "--model", "dropping:net", "--steps", 300, "--eval-every", 10, "--seeds", 1)
     words = (*words, "--arms", "none,batch", "--stats", stats, "--json", "--out")
     undisturbed = torchrun(*words, "undisturbed")
-    assert undisturbed.communicate(timeout=200) is not None
-    assert undisturbed.returncode == 0
-    killed = torchrun(*words, "killed", restarts=1)
+    _, stderr = undisturbed.communicate(timeout=200)
+    assert undisturbed.returncode == 0, stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"nodes": nodes, "endpoint": f"127.0.0.1:{free.getsockname()[1]}"}
+    agents = [torchrun(*words, "killed", restarts=1, **where) for _ in range(nodes)]
     while not (saved := checkpoints(tmp_path / "killed")):
-        assert killed.poll() is None, killed.communicate()
+        for agent in agents:
+            assert agent.poll() is None, agent.communicate()
         time.sleep(0.02)
     (rank,) = [
         child
-        for child in psutil.Process(killed.pid).children()
+        for agent in agents
+        for child in psutil.Process(agent.pid).children()
         if child.environ().get("RANK") == str(victim)
     ]
     rank.send_signal(signal.SIGKILL)
-    stdout, stderr = killed.communicate(timeout=200)
-    assert killed.returncode == 0, stderr
+    stdout, stderr = map("".join, zip(*(a.communicate(timeout=200) for a in agents), strict=True))
+    assert [agent.returncode for agent in agents] == [0] * nodes, stderr
     assert "exitcode: -9" in stderr
     assert curves(tmp_path / "killed") == curves(tmp_path / "undisturbed")
-    _, again = stdout.split('{"event": "begin"')[1:]
+    # The second of two, but on another node perhaps.
+    (again,) = [part for part in stdout.split('{"event": "begin"')[1:] if '"result"' in part]
     assert json.loads(again.splitlines()[-1])["event"] == "result"
     told = steps_told("\n".join(again.splitlines()[1:]))
     assert all(told[run][0] > step for run, step in saved.items())
+
+
+def test_a_list_of_the_studies_ends_all_ranks(torchrun):
+    process = torchrun("--list")
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    assert stdout.count("norms: ") == 1
+
+
+def synced_itself(norm):
+    hidden = [nn.Linear(64, 8), *([norm(8)] if norm else []), normkit.SyncBatchNorm(8), nn.Tanh()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(8, 10))
+
+
+def tried_by_rank_0(rank):
+    if rank > 0:
+        return None
+    study = all_studies()["norms"]
+    config = Config(model="test_torchrun:synced_itself", steps=4).resolved("norms")
+    data = load_data(config)
+    arm = Arm("batch", "batch norm", norm="batch")
+    check(data, [(arm, config)])
+    return _pace(study, arm, config, data)[0] > 0
+
+
+def test_rank_0_tries_a_model_with_synced_norms_of_its_own_by_itself():
+    assert on_ranks(tried_by_rank_0) == {0: True, 1: None}
+
+
+class Own(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x) * 1.0
+
+
+def test_a_norm_that_cannot_be_synced_is_named_with_the_remedy():
+    model = nn.Sequential(nn.BatchNorm1d(4), Own(4))
+    with pytest.raises(LabError, match=r"sync 1 of the model, a Own: .*; give --stats local"):
+        synced(model, "sync")
+    assert synced(model, "local") is model
+
+
+def test_a_parameter_without_a_gradient_is_named():
+    model = nn.Sequential(nn.Linear(4, 2), nn.Tanh())
+    model.register_parameter("idle", nn.Parameter(torch.ones(())))
+    x, y = torch.randn(6, 4), torch.zeros(6, dtype=torch.long)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(LabError, match="doesn't use idle, and ranks"):
+            rehearse(DistributedDataParallel(model), x, y)
+        model.idle.requires_grad_(False)
+        rehearse(DistributedDataParallel(model), x, y)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (1, "torchrun --nproc-per-node 4 -m normkit study speed"),
+        (
+            2,
+            "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 2 "
+            "-m normkit study speed",
+        ),
+    ],
+)
+def test_the_command_starts_as_many_ranks_on_as_many_nodes(nodes, said, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", str(nodes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 // nodes))
+    command = Config().resolved("speed").command("speed")
+    assert " ".join(command).startswith(said + " --data digits")
 
 
 @pytest.mark.parametrize(

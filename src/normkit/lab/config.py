@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from normkit.lab.errors import LabError, unknown
-from normkit.lab.ranks import size
+from normkit.lab.ranks import launcher, size
 
 ACTIVATIONS = ("sigmoid", "tanh", "relu")
 OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
@@ -173,7 +173,7 @@ class Config:
         """Return the command line that gives this configuration, every option spelled out."""
         words = ["normkit", "study", study]
         if self.ranks > 1:
-            words = ["torchrun", "--nproc-per-node", str(self.ranks), "-m", *words]
+            words = [*launcher(), "-m", *words]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is None or value is False or field.name in _NOT_COMMAND:

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from normkit.lab import ranks
 from normkit.lab.arms import Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data
@@ -74,12 +75,15 @@ def build(config: Config, data: Data, arm: Arm, seed: int) -> nn.Module:
 def check(data: Data, arms: Sequence[tuple[Arm, Config]]) -> None:
     """Build and call the model of every arm once; `arms` come with their own configurations.
 
+    Of several ranks one may call it by itself.
+
     Raises LabError when it does not return class scores, does not use `norm=`, or starts from
-    different weights with and without it; UserCodeError when it raises.
+    different weights with and without it, or has norms that its ranks can't sync; UserCodeError
+    when it raises.
     """
     weights: dict[str, list[Tensor]] = {}
     for arm, config in arms:
-        model = build(config, data, arm, 0)
+        model = ranks.alone(ranks.synced(build(config, data, arm, 0), config.stats))
         x = data.train[0][: max(2, min(8, config.batch_size))]
         out = call(model, f"calling model {config.model!r} on inputs {tuple(x.shape)}", x)
         if not isinstance(out, Tensor) or out.shape != (len(x), data.classes):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from normkit.lab import ranks
 from normkit.lab.arms import GRID_SEED, Arm
 from normkit.lab.batches import Batches
 from normkit.lab.config import Config
@@ -166,7 +167,7 @@ def _pace(study: Study, arm: Arm, config: Config, data: Data) -> tuple[float, fl
     try:
         with torch.random.fork_rng():
             own = scaled(data, config.inputs)
-            model = build(config, own, arm, 0)
+            model = ranks.alone(build(config, own, arm, 0))
             optimizer = make_optimizer(model, config, arm.rate)
             batches = Batches(own.train, config.batch_size, 0)
             advance(model, optimizer, batches, 0, 1)

@@ -95,7 +95,7 @@ def train(task: Task, data: Data) -> Iterator[Report]:
     if trained is not model:
         # DDP orders the gradients anew after its first backward, and in another order sums over
         # three ranks and more round differently: a resumed run would differ in its first step.
-        look(lambda at: ranks.loss(trained, *batches[step]).backward(), here())
+        look(lambda at: ranks.rehearse(trained, *batches[step]), here())
 
     evaluations = -(-config.steps // config.eval_every)
     probed = {-(-evaluations * part // task.probes) for part in range(1, task.probes + 1)}

@@ -45,6 +45,7 @@ class Cluster:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.ray: Any = None
+        self._set: dict[str, str] = {}
 
     @property
     def width(self) -> int:
@@ -100,12 +101,15 @@ class Cluster:
             self.ray._private.worker._worker_logs_enabled = True
             self.ray.shutdown()
             self.ray = None
+        for name in self._set:
+            os.environ.pop(name, None)
+        self._set = {}
 
     def _connect(self) -> None:
         if self.ray is not None:
             return
-        for name, value in _SETTINGS.items():
-            os.environ.setdefault(name, value)
+        self._set = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+        os.environ |= self._set
         try:
             import ray
         except ImportError as error:

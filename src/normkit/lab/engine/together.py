@@ -36,6 +36,7 @@ def dismiss() -> None:
     if ranks.size() > 1:
         ranks.meet()
         ranks.sent(None)
+        ranks.part()
 
 
 def follow() -> int:
@@ -48,6 +49,7 @@ def follow() -> int:
             else:
                 for _ in work(message, data):
                     pass
+        ranks.part()
     except LabError as error:
         print(f"normkit: error on rank {ranks.rank()}: {error}", file=sys.stderr)
         return 1
