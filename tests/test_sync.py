@@ -5,6 +5,7 @@ All cases that agree with each other run in one set of processes, since starting
 
 import copy
 import datetime
+import pickle
 import random
 import traceback
 from contextlib import contextmanager
@@ -758,7 +759,9 @@ def test_the_layer_is_torchs():
     assert "synchronized" not in repr(normkit.BatchNorm2d(5).synchronize().desynchronize())
     with pytest.raises(RuntimeError, match="always synchronized"):
         ours.desynchronize()
-    assert isinstance(copy.deepcopy(ours), SYNC)
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(copied) is SYNC
+        assert copied.merge.layer is copied
 
 
 def test_swap_and_convert():

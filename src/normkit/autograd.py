@@ -144,6 +144,11 @@ class _OfAllRanks(torch.autograd.Function):
         return torch.stack([torch.zeros_like(share), share * dmean, share * dvar]), None, None
 
 
+def _total(own: Tensor, merge: Merge) -> Tensor:
+    """The sum over the ranks; a Function only where it is differentiated, since that costs more."""
+    return _Total.apply(own, merge) if torch.is_grad_enabled() else merge.total(own)
+
+
 class _Total(torch.autograd.Function):
     """The sum over the ranks, which is its own transpose."""
 
@@ -180,22 +185,20 @@ class _NormalizeMerged(torch.autograd.Function):
             dy = torch.zeros_like(inputs.x)
         if torch.is_grad_enabled():
             # Someone differentiates this backward: the statistics must be functions of x again.
-            x = inputs.x
+            x, verbs = inputs.x, reference
             own = reference.moments(spec, inputs._replace(mean=None, rstd=None))
             settings = Settings(
                 own.shape[1], x.dtype, "backward of a backward", spec.eps, None, True
             )
             batch = _merged(own, ctx.merge, settings)
             inputs = inputs._replace(mean=batch.mean, var=batch.var, rstd=None)
-            verbs: Any = reference
         else:
             dy = _laid_out_like(dy, inputs.x)
             verbs = backend.split(spec, inputs)
         dx = dresidual = None
         sums, dweight, dbias = verbs.sums(spec, inputs, dy)
         if ctx.needs_input_grad[3]:
-            again = torch.is_grad_enabled()
-            sums = _Total.apply(sums, ctx.merge) if again else ctx.merge.total(sums)
+            sums = _total(sums, ctx.merge)
             means = sums / (n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1))
             dx, dz = verbs.gradient(spec, inputs, dy, means)
             dresidual = dz if ctx.has_residual else None

@@ -231,7 +231,8 @@ def padding(facts: Facts, threshold: float) -> Found:
 def local_statistics(facts: Facts, threshold: float) -> Found:
     """Batch statistics of each rank alone, at a small batch."""
     for layer in facts.layers:
-        local = layer.uses_batch and layer.norm is not None and layer.norm.kind != "sync"
+        merged = getattr(layer.module, "merge", None) is not None
+        local = layer.uses_batch and layer.norm and layer.norm.kind != "sync" and not merged
         if facts.ranks > 1 and local and layer.samples < threshold:
             yield (
                 layer.name,
