@@ -6,12 +6,15 @@
 The calls are made on tensors without data, and their launches are recorded instead of run: what is
 compiled is what a GPU would be given. Registers are those of a thread, `spilled` is the bytes of
 its stack, which these kernels need for nothing else; both as cuobjdump reads them off the binary.
+`accesses` counts the loads, asynchronous copies and stores of global memory in the PTX by their
+width in bytes: of a thread, 16 is the widest there is.
 """
 
 import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +97,7 @@ CALLS = (
     Call("LN masked", pool.last(1), (65536, 4096), masked=True),
     Call("RMS", pool.last(1), (65536, 4096), center=False),
     Call("RMS", pool.last(1), (65536, 8192), center=False),
+    Call("RMS", pool.last(1), (2097152, 100), center=False),
     Call("add+RMS", pool.last(1), (65536, 4096), center=False, add=True),
 )
 
@@ -103,6 +107,7 @@ class Launch:
     """A kernel as it would have been launched."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
 
@@ -140,7 +145,7 @@ class Recorder:
 
         class Grid:
             def __getitem__(self, grid: tuple[int, ...]) -> Any:
-                return lambda *a, **k: launches.append(Launch(kernel, a, k))
+                return lambda *a, **k: launches.append(Launch(kernel, grid, a, k))
 
         return Grid()
 
@@ -183,10 +188,14 @@ def launches(call: Call) -> list[Launch]:
     return recorder.launches
 
 
-def compiled(launch: Launch, capability: int) -> dict[str, int]:
-    """Return registers, spilled bytes and shared memory of a kernel."""
+def compiled(launch: Launch, capability: int) -> Any:
+    """Return the kernel as Triton compiles it."""
     source, options = launch.source()
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Return registers, spilled bytes and shared memory of a kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -197,7 +206,17 @@ def compiled(launch: Launch, capability: int) -> dict[str, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", done.stdout)
     assert found is not None, done.stdout
     registers, stack, shared, local = map(int, found.groups())
+    shared += kernel.metadata.shared
     return {"registers": registers, "spilled": stack + local, "shared": shared}
+
+
+def accesses(ptx: str) -> dict[int, int]:
+    """Return how many instructions access global memory so many bytes wide."""
+    plain = re.findall(r"\b(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
+    found = Counter(int(lanes or 1) * int(bits) // 8 for lanes, bits in plain)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x\w+),", ptx)
+    found.update(int(width, 16) for width in copies)
+    return dict(sorted(found.items(), reverse=True))
 
 
 def rows(calls: tuple[Call, ...]) -> Iterator[dict[str, Any]]:
@@ -205,18 +224,20 @@ def rows(calls: tuple[Call, ...]) -> Iterator[dict[str, Any]]:
     for call in calls:
         for launch in launches(call):
             constants = launch.constants
+            made = {capability: compiled(launch, capability) for capability in CAPABILITIES}
             yield {
                 "call": str(call),
                 "kernel": launch.kernel.__name__,
                 "phase": constants.get("PHASE", ""),
                 "tile": [constants["A"], constants["B"]] if "A" in constants else None,
                 "warps": constants["num_warps"],
-                **{str(capability): compiled(launch, capability) for capability in CAPABILITIES},
+                "accesses": accesses(made[90].asm["ptx"]),
+                **{str(capability): resources(kernel) for capability, kernel in made.items()},
             }
 
 
 if __name__ == "__main__":
-    found = []
+    found: list[dict[str, Any]] = []
     for row in rows(CALLS):
         found.append(row)
         shown = "  ".join(f"{c}: {row[str(c)]['registers']}" for c in CAPABILITIES)

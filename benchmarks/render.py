@@ -1,9 +1,10 @@
-"""Write the tables in README.md and docs/, and the picture, from results/.
+"""Write the tables in README.md and docs/benchmark.md, and the picture, from results/cpu.json.
 
     normkit bench --out benchmarks/results/cpu.json
     python benchmarks/render.py
 
-The picture needs plotly and chromium.
+The picture needs plotly and chromium. docs/kernels.md is written from results/aot.json, docs/gpu.md
+and the README's lines on GPUs from results/gpu.json, if there is one.
 """
 
 import json
@@ -13,6 +14,8 @@ import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+from normkit.lab.train import _CHECKPOINT_SECONDS, _REPORT_SECONDS
 
 ROOT = Path(__file__).parent.parent
 MODES = ("evaluation", "training", "forward+backward")
@@ -153,54 +156,157 @@ def kernels(result: dict[str, Any]) -> str:
             " ".join(filter(None, (row["call"], row["kernel"], row["phase"]))),
             "x".join(map(str, row["tile"] or ())),
             str(row["warps"]),
+            f"{row['accesses'].get('16', 0)} / {sum(row['accesses'].values())}",
             *(f"{row[t]['registers']} / {row[t]['spilled']} / {row[t]['shared']}" for t in targets),
         ]
         for row in result["rows"]
     ]
-    head = ["kernel", "tile", "warps", *(f"sm_{t}" for t in targets)]
+    head = ["kernel", "tile", "warps", "16 bytes wide", *(f"sm_{t}" for t in targets)]
     return f"""# The Triton kernels, compiled ahead of time
 
 Written by `benchmarks/render.py` from `benchmarks/results/aot.json`, which `benchmarks/aot.py`
 makes with triton {result["triton"]} and no GPU: registers of a thread / bytes spilled / bytes of
-shared memory. None of this says how fast a kernel is.
+shared memory. "16 bytes wide": how many of the instructions that access global memory are as wide
+as a thread's can be, of all of them (sm_90); the others read and write statistics, weights, masks,
+or rows whose length 16 bytes don't divide. None of this says how fast a kernel is.
 
 {table(head, body)}
 """
 
 
-def synchronized(result: dict[str, Any], text: str) -> str:
-    """Return docs/sync.md with its table written anew."""
-    machine = result["machine"]
+def named(row: dict[str, Any]) -> str:
+    """Return the name of a row's case."""
+    shape = "x".join(map(str, row["shape"]))
+    return f"{row['norm']} {shape} {row['layout']} {row['dtype']} {row['mode']}"
+
+
+def against(rows: Rows, whose: str) -> list[float]:
+    """Return how many times faster than a contestant, by row, where it took part."""
+    return [r[whose]["/torch"] / r["normkit"]["/torch"] for r in rows if whose in r]
+
+
+def spread(values: list[float]) -> str:
+    """Return a geometric mean, with the least and the largest."""
+    if not values:
+        return "-"
+    return f"{statistics.geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def gpu_goals(rows: Rows) -> str:
+    """Return what was wanted of the kernels, and what came out."""
+    large, small = of(rows, size="large"), of(rows, size="small")
+
+    def shares(norms: tuple[str, ...], modes: tuple[str, ...], key: str) -> list[float]:
+        chosen = [r for r in large if r["norm"].startswith(norms) and r["mode"] in modes]
+        return [r["normkit"][key] for r in chosen]
+
+    by_rows, forward = ("LN", "RMS", "add"), ("training", "evaluation")
+    own = "of copy with second reads"
+    better = [min(a, b) for a, b in zip(against(large, "torch"), _or_torch(large), strict=True)]
+    last = {}
+    for r in large:
+        last.setdefault((r["norm"], *r["shape"], r["dtype"], r["mode"]), {})[r["layout"]] = r
+    pairs = [p for p in last.values() if len(p) == 2]
+    layouts = [
+        p["contiguous"]["normkit"]["ms"] / p["channels_last"]["normkit"]["ms"] for p in pairs
+    ]
+    body = [
+        ["row norms, forward, share of the copy", ">= 0.90", shares(by_rows, forward, "of copy")],
+        ["row norms, backward", ">= 0.80", shares(by_rows, ("backward",), "of copy")],
+        ["batch norm, training, of its own bytes", ">= 0.85", shares(("BN",), ("training",), own)],
+        ["batch norm, backward, of its own bytes", ">= 0.85", shares(("BN",), ("backward",), own)],
+        ["times faster than torch, large", ">= 1.5", against(large, "torch")],
+        ["times faster than torch.compile, large", ">= 1.1", against(large, "compile")],
+        ["times faster than the better of both, worst row", ">= 0.95", better],
+        ["channels_last, times faster than contiguous", ">= 1", layouts],
+        ["times faster than torch, small", ">= 0.83", against(small, "torch")],
+    ]
+    return table(
+        ["what", "goal", "came out: geometric mean (least to most)"],
+        [[what, goal, spread(values)] for what, goal, values in body],
+    )
+
+
+def _or_torch(rows: Rows) -> list[float]:
+    return [r.get("compile", r["torch"])["/torch"] / r["normkit"]["/torch"] for r in rows]
+
+
+def gpu(result: dict[str, Any]) -> str:
+    """Return docs/gpu.md."""
+    rows = [r for r in result["rows"] if "normkit" in r and "torch" in r]
+    names = ("torch again", "normkit", "compile", "liger", "quack")
     body = [
         [
-            "x".join(map(str, r["shape"])),
-            f"{r['local_ms']:.3g}",
-            f"{r['collectives_ms']:.3g}",
-            f"{r['synchronized/local']:.2f}",
-            f"{r['overhead/collectives']:.2f}",
+            named(r),
+            f"{r['torch']['ms']:.4g}",
+            f"{r['normkit']['of copy']:.2f}",
+            f"{r['torch']['of copy']:.2f}",
+            *(f"{1 / r[name]['/torch']:.2f}" if name in r else "-" for name in names),
         ]
-        for r in result["rows"]
+        for r in rows
     ]
+    net = result.get("resnet50", {})
+    steps = [
+        [name, f"{v['images/s']:.0f}", f"{1 / v['/torch']:.3f}", str(v["peak bytes of a step"])]
+        for name, v in net.items()
+        if isinstance(v, dict) and "images/s" in v
+    ]
+    conformance = result.get("conformance", {"passed": 0, "failures": []})
+    wrong = [f["test"] for f in conformance["failures"]]
+    wrong += [f"{named(r)}: {', '.join(r['failed'])}" for r in result["rows"] if "failed" in r]
+    facts = "\n".join(f"- {key}: {value}" for key, value in result["machine"].items())
     head = [
-        "input of one process",
-        "batch norm alone (ms)",
-        "the two collectives alone (ms)",
-        "synchronized / alone",
-        "(synchronized - alone) / collectives",
+        "case",
+        "torch (ms)",
+        "of copy: normkit",
+        "torch",
+        "times faster: torch again",
+        *names[1:],
     ]
-    said = (
-        "Forward and backward in two processes on gloo and 127.0.0.1, a thread each "
-        f"({machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, load "
-        f"{machine['load']:.1f}),\nmedians, written by `benchmarks/render.py` from "
-        "`benchmarks/results/sync.json` (`make bench-sync`).\nWhat the last column has over 1 is the "
-        "second read of the input, which alone would be in cache, and Python."
+    return f"""# GPU benchmark
+
+Written by `benchmarks/render.py` from `benchmarks/results/gpu.json`, which `make bench-gpu`
+measures: all contestants interleaved in one process in alternating order, medians of paired ratios,
+CUDA events. Large cases find the L2 cold; small ones are called many times in a row. Bytes are
+counted once: a forward reads x and writes y (batch norm in training reads x twice), a backward
+reads x and dy and writes dx. "Of copy": the share of a copy's rate, {result["copy GB/s"]} GB/s.
+
+{facts}
+
+{conformance["passed"]} conformance tests passed, {len(conformance["failures"])} failed.
+
+## Goals
+
+{gpu_goals(rows)}
+
+## ResNet-50
+
+A training step, {net.get("batch")} images of {net.get("size")}, bfloat16 autocast, channels_last.
+
+{table(["norms", "images/s", "times faster", "peak bytes of a step"], steps)}
+
+## What failed
+
+{table(["what"], [[w] for w in wrong]) if wrong else "Nothing."}
+
+## Every row
+
+{table(head, body)}
+"""
+
+
+def gpu_summary(result: dict[str, Any]) -> str:
+    """Return the README's lines on GPUs."""
+    rows = [r for r in result["rows"] if "normkit" in r and "torch" in r]
+    large, small = of(rows, size="large"), of(rows, size="small")
+    machine = result["machine"]
+    return (
+        f"On NVIDIA GPUs the layers run on Triton kernels. Times faster than torch "
+        f"({machine.get('gpu')}, torch {machine['torch']}), geometric mean with "
+        f"the slowest\nand the fastest row: large tensors {spread(against(large, 'torch'))}, small "
+        f"ones {spread(against(small, 'torch'))}, large\nones against torch.compile "
+        f"{spread(against(large, 'compile'))}: [docs/gpu.md](docs/gpu.md)."
     )
-    return _between_marks(text, f"{said}\n\n{table(head, body)}")
-
-
-def _between_marks(text: str, part: str) -> str:
-    part = f"<!-- benchmark -->\n\n{part}\n\n<!-- /benchmark -->"
-    return re.sub(r"<!-- benchmark -->.*<!-- /benchmark -->", lambda _: part, text, flags=re.DOTALL)
 
 
 def picture(result: dict[str, Any], target: Path, scheme: str) -> None:
@@ -247,9 +353,103 @@ def picture(result: dict[str, Any], target: Path, scheme: str) -> None:
         browser.close()
 
 
-def readme(result: dict[str, Any], text: str) -> str:
-    """Return the README with its table written anew."""
-    return _between_marks(text, summary(result))
+def synchronized(result: dict[str, Any], text: str) -> str:
+    """Return docs/sync.md with its table written anew."""
+    machine = result["machine"]
+    body = [
+        [
+            "x".join(map(str, r["shape"])),
+            f"{r['local_ms']:.3g}",
+            f"{r['collectives_ms']:.3g}",
+            f"{r['synchronized/local']:.2f}",
+            f"{r['overhead/collectives']:.2f}",
+        ]
+        for r in result["rows"]
+    ]
+    head = [
+        "input of one process",
+        "batch norm alone (ms)",
+        "the two collectives alone (ms)",
+        "synchronized / alone",
+        "(synchronized - alone) / collectives",
+    ]
+    said = (
+        "Forward and backward in two processes on gloo and 127.0.0.1, a thread each "
+        f"({machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, load "
+        f"{machine['load']:.1f}),\nmedians, written by `benchmarks/render.py` from "
+        "`benchmarks/results/sync.json` (`make bench-sync`).\nWhat the last column has over 1 is a "
+        "second read of the input, which alone would be in cache, Python, and waiting."
+    )
+    return between("benchmark", f"{said}\n\n{table(head, body)}", text)
+
+
+def engines(result: dict[str, Any]) -> str:
+    """Return what docs/scale.md says of the engines' costs."""
+    costs = result["microseconds"]
+    kinds = list(costs["pipe"])
+    reports, saves = 1 / _REPORT_SECONDS, 1 / _CHECKPOINT_SECONDS
+    times = {"report": reports - saves, "report and checkpoint": saves}
+    ways = {"processes here": "pipe", "Ray": "ray"}
+    # Microseconds that one run takes of each second of the process that writes.
+    busy = {
+        name: sum(times[k] * (costs[way][k] + costs["sqlite"][k]) for k in kinds)
+        for name, way in ways.items()
+    }
+    limit = "; ".join(f"{name} {1e6 / share:,.0f} runs" for name, share in busy.items())
+    machine = result["machine"]
+    bytes_ = result["checkpoint bytes"]
+    return "\n\n".join(
+        [
+            f"Measured by `benchmarks/engines.py` ({machine['cpu']}, {machine['cores']} cores, "
+            f"torch {machine['torch']}, Ray {machine['ray']}), {result['runs']} runs of "
+            f"{result['steps']:,} steps, two at a time, medians of {len(result['rounds'])} rounds "
+            "in turn, starting the workers included:",
+            table(
+                ["", "seconds"],
+                [
+                    ["two local processes", f"{result['local seconds']:.1f}"],
+                    ["two Ray workers", f"{result['ray seconds']:.1f}"],
+                    ["Ray over local, by rounds", f"{result['ray/local']:.2f}"],
+                    ["starting a cluster of two nodes", f"{result['cluster seconds']:.1f}"],
+                    ["connecting to it", f"{result['connect seconds']:.1f}"],
+                ],
+            ),
+            "What a report costs on its way, in microseconds (the checkpoint has "
+            f"{bytes_:,} bytes):",
+            table(
+                ["", *kinds],
+                [[way, *(f"{costs[way][kind]:,.0f}" for kind in kinds)] for way in costs],
+            ),
+            "Seconds until a new process has the data:",
+            table(
+                ["", "loaded", "from Ray's object store"],
+                [
+                    [name, *(f"{took[way]:.3f}" for way in ("loaded", "from the store"))]
+                    for name, took in result["data seconds"].items()
+                ],
+            ),
+            f"A run reports at most {reports:.0f} times a second, {saves:.0f} of them with a "
+            "checkpoint. One driver\ncan receive and write the reports of about so many runs at a "
+            f"time: {limit}.",
+        ]
+    )
+
+
+def between(mark: str, part: str, text: str) -> str:
+    """Return the text with what stands between two marks written anew."""
+    part = f"<!-- {mark} -->\n\n{part}\n\n<!-- /{mark} -->"
+    marks = rf"<!-- {mark} -->.*<!-- /{mark} -->"
+    return re.sub(marks, lambda _: part, text, flags=re.DOTALL)
+
+
+def readme(result: dict[str, Any], text: str, part: str = "benchmark") -> str:
+    """Return the README with its table, or what it says of GPUs, written anew."""
+    return between(part, summary(result) if part == "benchmark" else gpu_summary(result), text)
+
+
+def scale(result: dict[str, Any], text: str) -> str:
+    """Return docs/scale.md with its tables written anew."""
+    return between("engines", engines(result), text)
 
 
 if __name__ == "__main__":
@@ -257,11 +457,19 @@ if __name__ == "__main__":
     target = ROOT / "README.md"
     target.write_text(readme(measured, target.read_text()))
     (ROOT / "docs/benchmark.md").write_text(full(measured))
-    compiled = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
-    (ROOT / "docs/kernels.md").write_text(kernels(compiled))
+    timed = json.loads((ROOT / "benchmarks/results/engines.json").read_text())
+    page = ROOT / "docs/scale.md"
+    page.write_text(scale(timed, page.read_text()))
     over_ranks = json.loads((ROOT / "benchmarks/results/sync.json").read_text())
     page = ROOT / "docs/sync.md"
     page.write_text(synchronized(over_ranks, page.read_text()))
+    compiled = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
+    (ROOT / "docs/kernels.md").write_text(kernels(compiled))
+    on_gpu = ROOT / "benchmarks/results/gpu.json"
+    if on_gpu.exists():
+        result = json.loads(on_gpu.read_text())
+        target.write_text(readme(result, target.read_text(), "gpu"))
+        (ROOT / "docs/gpu.md").write_text(gpu(result))
     if "--no-picture" not in sys.argv:
         for scheme, name in (("light", "benchmark.png"), ("dark", "benchmark-dark.png")):
             picture(measured, ROOT / "docs" / name, scheme)

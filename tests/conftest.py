@@ -4,9 +4,25 @@ import torch
 from normkit import backend
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tensors are made: cpu or cuda")
+
+
+def pytest_configure(config):
+    device = config.getoption("--device")
+    if device != "cpu":
+        torch.set_default_device(device)
+        # NumPy reads host memory, and the oracle is NumPy.
+        numpy = torch.Tensor.numpy
+        torch.Tensor.numpy = lambda self, **options: numpy(self.cpu(), **options)
+    elif backend.triton.interpreting():
+        backend.triton.DEVICE = "cpu"
+
+
 def pytest_generate_tests(metafunc):
     if "each_backend" in metafunc.fixturenames:
-        names = [n for n in backend.BACKENDS if (n == "triton") == backend.triton.interpreting()]
+        on_triton = metafunc.config.getoption("--device") == backend.triton.DEVICE
+        names = [n for n in backend.BACKENDS if (n == "triton") == on_triton]
         metafunc.parametrize("each_backend", names, indirect=True)
 
 
@@ -14,8 +30,8 @@ def pytest_generate_tests(metafunc):
 def each_backend(request, monkeypatch):
     """The test once a backend: that one is preferred, reference takes what it declines.
 
-    Triton asks once whether to interpret, so its kernels are tested in a process of their own,
-    which test_triton starts.
+    Triton's kernels are tested by `--device cuda` or, interpreted, in a process of their own, which
+    test_triton starts: Triton asks once whether to interpret.
     """
     module = backend.BACKENDS[request.param]
     if module.available() is not None:

@@ -1,96 +1,191 @@
-"""Write docs/results/ from finished study folders: a table in Markdown, numbers as JSON, a picture.
+"""Write docs/results/ from finished studies: a page for each, its numbers, pictures, and a table.
 
-    normkit study speed --out runs/a
-    python docs/results/make.py speed runs/a runs/b ...
+    normkit study all --data digits --out runs/digits
+    normkit study all --data fashion-mnist --out runs/fashion
+    python docs/results/make.py runs/digits runs/fashion ...
 
-The picture is the first folder's main figure as the report draws it; it needs chromium.
+Each folder holds study folders. What they say takes the place of what <study>.json says of the same
+data and network; the rest of it stays, and the pages are made from it: <study>.md with all tables,
+README.md with every claim's verdict beside what was published. Pictures are the main figure of the
+first folder's report, and `all.png` the report of the first folder; they need chromium.
 """
 
 import json
 import re
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import sync_playwright
 
 from normkit.lab.arms import GRID_SEED
 from normkit.lab.config import Config
+from normkit.lab.data import load_data
+from normkit.lab.engine import engine_for
+from normkit.lab.measures import duration
 from normkit.lab.progress import progress_for
+from normkit.lab.report import Section, page
 from normkit.lab.run import done
 from normkit.lab.store import Store
 from normkit.lab.studies import all_studies
-from normkit.lab.study import Findings, Study
+from normkit.lab.study import Study
 
 HERE = Path(__file__).parent
+# The data and networks that the table of all studies has a column for.
+COLUMNS = {
+    "digits, mlp (sigmoid)": "digits, mlp",
+    "fashion-mnist, mlp (sigmoid)": "Fashion-MNIST, mlp",
+    "fashion-mnist, cnn (relu)": "Fashion-MNIST, cnn",
+}
 
 
-def findings_of(study: Study, folder: Path) -> tuple[Config, Findings]:
-    """Return what a folder's runs say, judged anew."""
+def judged(study: Study, folder: Path) -> Section:
+    """Return what a folder's runs say, judged anew; training that is missing is done."""
     store = Store.reopen(folder)
     try:
         identity = store.identity()
-        seeds = {run.seed for run in store.runs() if run.seed != GRID_SEED}
+        runs = [run for run in store.runs() if run.seed != GRID_SEED]
     finally:
         store.close()
     options = {key: identity[key] for key in Config.__dataclass_fields__ if key in identity}
-    given = Config(**options, seeds=len(seeds), out=str(folder))
-    section = done(study, given, progress_for(as_json=False))
+    given = Config(**options, seeds=len({run.seed for run in runs}), out=str(folder))
+    had = {run.arm.partition("@")[0] for run in runs}
+    every = study.arms(given.resolved(study.name, study.length), load_data(given))
+    if len(had) < len(every):
+        given = replace(given, arms=",".join(arm.name for arm in every if arm.name in had))
+    with closing(engine_for(given.resolved(study.name, study.length))) as engine:
+        section = done(study, given, progress_for(as_json=False), engine)
     # The folder is wherever the runs happen to lie; a command names none.
-    return replace(section.config, out=None), section.findings
+    return replace(section, config=replace(section.config, out=None))
 
 
-def section(study: Study, config: Config, findings: Findings) -> str:
-    """Return one folder's part of the page."""
-    table = [findings.columns, ["---"] * len(findings.columns), *findings.rows]
-    lines = "\n".join("| " + " | ".join(row) + " |" for row in table)
-    verdicts = "\n".join(f"- **{v.claim}: {v.word}.** {v.because}" for v in findings.verdicts)
-    command = " ".join(config.command(study.name))
-    title = f"{config.data}, {config.model} ({config.activation})"
-    return f"## {title}\n\n    {command}\n\n{verdicts}\n\n{lines}\n"
+def record(section: Section) -> dict[str, Any]:
+    """Return what <study>.json keeps of a section."""
+    config, findings = section.config, section.findings
+    return {
+        "title": f"{config.data}, {config.model} ({config.activation})",
+        "command": config.command(section.study.name),
+        "seconds": round(section.seconds),
+        "verdicts": [vars(verdict) for verdict in findings.verdicts],
+        "columns": findings.columns,
+        "rows": findings.rows,
+        "notes": findings.notes,
+    }
 
 
-def picture(report: Path, target: Path, scheme: str) -> None:
-    """Save the report's main figure as a PNG."""
+def merged(held: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the records, new ones in the place of those of the same data and network."""
+    named = {_title(each): each for each in held} | {_title(each): each for each in new}
+    first = [title for title in COLUMNS if title in named]
+    return [named[title] for title in [*first, *(t for t in named if t not in first)]]
+
+
+def _title(each: Mapping[str, Any]) -> str:
+    words = each["command"]
+    data, model, activation = (
+        words[words.index(flag) + 1] for flag in ("--data", "--model", "--activation")
+    )
+    return f"{data}, {model} ({activation})"
+
+
+def study_page(study: Study, records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a study's page."""
+    parts = [f"# {study.claim}\n\n{study.source}\n"]
+    if study.published:
+        parts.append(f"Published: {study.published}\n")
+    for each in records:
+        table = [each["columns"], ["---"] * len(each["columns"]), *each["rows"]]
+        lines = "\n".join("| " + " | ".join(row) + " |" for row in table)
+        verdicts = "\n".join(
+            f"- **{v['claim']}: {v['word']}.** {v['because']}" for v in each["verdicts"]
+        )
+        time = f"Took {duration(each['seconds'])}.\n\n" if each.get("seconds") else ""
+        command = " ".join(each["command"])
+        parts.append(f"## {_title(each)}\n\n    {command}\n\n{time}{verdicts}\n\n{lines}\n")
+    notes = next((each["notes"] for each in records if "notes" in each), [])
+    parts.append("".join(f"- {note}\n" for note in notes))
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(parts))
+
+
+def table(studies: Mapping[str, Study]) -> str:
+    """Return the table of every study's claims and verdicts, beside what was published."""
+    head = ["Study", "Claim", *COLUMNS.values(), "Published"]
+    rows, times = [head, ["---"] * len(head)], []
+    for name, study in studies.items():
+        path = HERE / f"{name}.json"
+        if not path.is_file():
+            continue
+        by_title = {_title(each): each for each in json.loads(path.read_text("utf-8"))}
+        words = {
+            title: {v["claim"]: v["word"] for v in each["verdicts"]}
+            for title, each in by_title.items()
+            if title in COLUMNS
+        }
+        claims = list(dict.fromkeys(claim for found in words.values() for claim in found))
+        for place, claim in enumerate(claims):
+            first = place == 0
+            cells = [words.get(title, {}).get(claim, "") for title in COLUMNS]
+            link = f"[{name}]({name}.md)" if first else ""
+            rows.append([link, claim, *cells, study.published if first else ""])
+        took = [
+            duration(by_title[title]["seconds"]) if by_title.get(title, {}).get("seconds") else ""
+            for title in COLUMNS
+        ]
+        times.append([f"[{name}]({name}.md)", *took])
+    timed = [["Study", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS)), *times]
+    return "\n\n".join("\n".join("| " + " | ".join(row) + " |" for row in t) for t in (rows, timed))
+
+
+def picture(report: Path, target: Path, scheme: str, selector: str = ".plot") -> None:
+    """Save a part of a report as a PNG."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
-        page = browser.new_page(
+        tab = browser.new_page(
             viewport={"width": 1064, "height": 900}, color_scheme=scheme, device_scale_factor=1.5
         )
-        page.goto(report.resolve().as_uri())
-        page.wait_for_selector("body[data-drawn]")
-        page.locator(".plot").first.screenshot(path=target)
+        tab.goto(report.resolve().as_uri())
+        tab.wait_for_selector("body[data-drawn]")
+        tab.locator(selector).first.screenshot(path=target)
         browser.close()
 
 
 def main() -> None:
-    """Write the page, the numbers and the picture of the folders on the command line."""
-    name, *folders = sys.argv[1:]
-    study = all_studies()[name]
-    parts, numbers = [f"# {study.claim}\n\n{study.source}\n"], []
-    notes: list[str] = []
-    for folder in map(Path, folders):
-        config, findings = findings_of(study, folder)
-        parts.append(section(study, config, findings))
-        notes = findings.notes[1:]
-        numbers.append(
-            {
-                "command": config.command(name),
-                "verdicts": [vars(verdict) for verdict in findings.verdicts],
-                "columns": findings.columns,
-                "rows": findings.rows,
-            }
-        )
-    parts.append("".join(f"- {note}\n" for note in notes))
-    text = "\n".join(parts)
-    (HERE / f"{name}.md").write_text(re.sub(r"\n{3,}", "\n\n", text), "utf-8")
-    data = json.dumps(numbers, indent=1, ensure_ascii=False)
-    (HERE / f"{name}.json").write_text(data + "\n", "utf-8")
+    """Write the pages, the numbers and the pictures of the folders on the command line."""
+    folders = list(map(Path, sys.argv[1:]))
+    studies = all_studies()
+    sections: list[list[Section]] = []
+    for folder in folders:
+        names = [name for name in studies if (folder / name / Store.FILE).is_file()]
+        sections.append([judged(studies[name], folder / name) for name in names])
+        (folder / "report.html").write_text(page(sections[-1]), "utf-8")
+    for name, study in studies.items():
+        path = HERE / f"{name}.json"
+        held = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        new = [record(s) for found in sections for s in found if s.study.name == name]
+        records = merged(held, new)
+        if records:
+            text = json.dumps(records, indent=1, ensure_ascii=False)
+            path.write_text(text + "\n", "utf-8")
+            (HERE / f"{name}.md").write_text(study_page(study, records), "utf-8")
+    text = (HERE / "README.md").read_text("utf-8")
+    start, end = "<!-- made by make.py -->", "<!-- until here -->"
+    before, _, rest = text.partition(start)
+    after = rest.partition(end)[2]
+    made = f"{before}{start}\n\n{table(studies)}\n\n{end}{after}"
+    (HERE / "README.md").write_text(made, "utf-8")
     for scheme, suffix in (("light", ""), ("dark", "-dark")):
-        picture(Path(folders[0]) / "report.html", HERE / f"{name}{suffix}.png", scheme)
+        for section in sections[0]:
+            plot = f"#figure-{section.study.name}-{section.findings.figures[0].name} .plot"
+            target = HERE / f"{section.study.name}{suffix}.png"
+            picture(folders[0] / "report.html", target, scheme, plot)
+        picture(folders[0] / "report.html", HERE / f"all{suffix}.png", scheme, "nav.overview")
 
 
-main()
+if __name__ == "__main__":
+    main()

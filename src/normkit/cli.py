@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--activation", help="sigmoid, tanh or relu")
     add("--inputs", help="standardized, raw, min-max or whitened (default: standardized)")
     add("--placement", help="norms before or after the activation (default: before)")
-    add("--arms", help="comma-separated names of the arms to run (default: all)")
+    add("--arms", help="the arms to run, comma-separated, as in a shell: '*-2,*-32' (default: all)")
     add("--seeds", type=int, metavar="N", help="seeds to pair the arms by (default: 6)")
     add("--steps", type=int, metavar="N", help="training steps of each run")
     add("--batch-size", type=int, metavar="N", help="samples to a batch (default: 60)")
@@ -125,7 +125,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="a torch device (default: cpu)")
     add("--threads", type=int, metavar="N", help="torch threads of each job (default: 1)")
     add("--jobs", type=int, metavar="N", help="runs at a time (default: the number of cores)")
+    add("--engine", help="local processes, or ray: a Ray cluster (default: local)")
+    add("--ray-address", metavar="HOST:PORT", help="the cluster (default: the one found here)")
+    add("--stats", help="under torchrun: norms sync over all ranks, or local to each")
     add("--out", metavar="DIR", help="the folder of the results (default: under runs/)")
+    add(
+        "--tensorboard",
+        action="store_true",
+        default=None,
+        help="write event files for TensorBoard as well, into the folder of the results",
+    )
     _add_tools(commands)
     return parser
 
@@ -194,8 +203,13 @@ def _study(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    from normkit.lab import ranks
     from normkit.lab.errors import LabError
 
+    if ranks.rank() > 0:
+        from normkit.lab.engine.together import follow
+
+        return follow()
     try:
         return _run(options)
     except LabError as error:
@@ -211,6 +225,7 @@ def _study(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from normkit.lab.config import Config, read_toml
+    from normkit.lab.engine.together import dismiss
     from normkit.lab.errors import LabError, unknown
     from normkit.lab.plan import run_all, seconds
     from normkit.lab.progress import progress_for
@@ -230,7 +245,7 @@ def _run(options: argparse.Namespace) -> int:
         raise LabError("--budget is for `normkit study all`, which chooses the studies that fit")
     values = read_toml(options.config) if options.config else {}
     for field in dataclasses.fields(Config):
-        given = getattr(options, field.name)
+        given = getattr(options, field.name, None)
         if given is not None:
             values[field.name] = given
     given = Config(**values)
@@ -241,10 +256,12 @@ def _run(options: argparse.Namespace) -> int:
             tail = [] if options.budget is None else ["--budget", options.budget]
             print(shlex.join(given.resolved("all").command("all") + tail), flush=True)
         run_all(studies, given, budget, progress)
+        dismiss()
         return 0
     study = studies[options.study]
     config = given.resolved(study.name, study.length)
     if not options.json:
         print(shlex.join(config.command(study.name)), flush=True)
     run_study(study, given, progress)
+    dismiss()
     return 0

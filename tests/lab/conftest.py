@@ -8,7 +8,7 @@ import sys
 import pytest
 
 # The studies are an extra: without it there is nothing to collect here.
-_NEEDS = ("numpy", "scipy", "sklearn", "rich", "plotly", "playwright")
+_NEEDS = ("numpy", "scipy", "sklearn", "rich", "plotly", "playwright", "tensorboard")
 collect_ignore_glob = [] if all(map(importlib.util.find_spec, _NEEDS)) else ["test_*.py"]
 
 

@@ -28,3 +28,15 @@ def share(judge, make, claim, word, repeats=100):
     """How often `judge` gives `claim` this word, over evidence made from many random states."""
     rng = np.random.default_rng(0)
     return sum(words(judge(make(rng)))[claim] == word for _ in range(repeats)) / repeats
+
+
+def paced(rng, arm, n, mean=0.9, pace=40, spread=0.003, noise=0.1, status="finished"):
+    """Runs that jump from 0.1 to around a mean accuracy after about `pace` of 400 steps."""
+    made = []
+    for seed in range(n):
+        accuracy = float(mean + spread * rng.normal())
+        each = run(arm, seed, accuracy, status=status, steps=400)
+        jump = min(400, round(pace * rng.lognormal(0, noise)))
+        each.curves["validation_accuracy"][1][:jump] = [0.1] * jump
+        made.append(each)
+    return made

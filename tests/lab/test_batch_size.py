@@ -9,6 +9,7 @@ from simulate import runs, share, words
 
 from normkit.lab.config import Config
 from normkit.lab.data import load_data
+from normkit.lab.errors import LabError
 from normkit.lab.studies.batch_size import STUDY, arms, errors, judge
 from normkit.lab.study import Evidence, NotApplicable
 
@@ -66,6 +67,35 @@ def test_the_arms_see_equal_samples_at_linearly_scaled_rates():
         assert abs(config.steps * config.batch_size - 60 * 60) <= config.batch_size
         assert arm.rate == config.batch_size / 60
     assert not any(arm.name in ("ghost-2", "ghost-4", "ghost-8") for arm in ARMS)
+
+
+def test_a_pattern_chooses_batch_sizes_and_the_baseline_must_be_among_them():
+    chosen = [arm.name for arm in STUDY.chosen(ARMS, "*-2, group-8,*-32")]
+    assert chosen == [
+        *("batch-32", "batch-2", "ghost-32", "renorm-32", "renorm-2"),
+        *("group-32", "group-2", "group-8"),
+    ]
+    with pytest.raises(LabError, match="unknown arm '\\*-3'"):
+        STUDY.chosen(ARMS, "*-32,*-3")
+    with pytest.raises(LabError, match="add it: --arms batch-32,\\*-2"):
+        STUDY.chosen(ARMS, "*-2")
+
+
+def test_a_batch_of_one_ghost_is_batch_norms():
+    findings = judge(evidence(np.random.default_rng(0), batch=0.7))
+    error = next(figure for figure in findings.figures if figure.name == "error")
+    drawn = {t["name"]: t for t in error.traces if t["meta"] == "line" and t["xaxis"] == "x"}
+    ghost, batch = (drawn[name] for name in ("ghost batch norm (8 samples)", "batch norm"))
+    assert ghost["x"] == batch["x"] == [2, 4, 8, 32, 128]
+    assert ghost["y"][:3] == batch["y"][:3]
+    assert ghost["y"][3:] != batch["y"][3:]
+
+
+def test_a_short_run_is_not_measured_more_often_than_every_six_steps():
+    every = {arm.name: arm.applied(Config(), STUDY.name, STUDY.length) for arm in ARMS}
+    assert [every[f"batch-{size}"].eval_every for size in (2, 32, 128)] == [180, 11, 3]
+    assert Config(steps=3).resolved("speed").eval_every == 3
+    assert Config().resolved("speed").eval_every == 30
 
 
 def test_too_few_samples_are_said():

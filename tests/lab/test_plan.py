@@ -47,7 +47,8 @@ def test_all_studies_make_one_report_and_what_does_not_apply_is_skipped(command,
     # 24 training samples: no batch of 32 for `batch-size`, too small a test part for `inference`.
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "small.npz", x=rng.normal(size=(40, 4)), y=np.arange(40) % 2)
-    words = ("all", *FAST, "--data", "small.npz", "--batch-size", 8, "--out", "out", "--json")
+    options = ("--data", "small.npz", "--batch-size", 8, "--out", "out", "--json", "--tensorboard")
+    words = ("all", *FAST, *options)
     ended = command(*words)
     assert ended.returncode == 0, ended.stderr
     told = [json.loads(line) for line in ended.stdout.splitlines()]
@@ -63,6 +64,7 @@ def test_all_studies_make_one_report_and_what_does_not_apply_is_skipped(command,
         assert f'<article id="{study}"' in page
         assert f'<a href="#{study}">' in page
         assert (tmp_path / "out" / study / "results.sqlite").is_file()
+        assert list((tmp_path / "out" / study / "tensorboard").glob("*/seed-0/events.out.*"))
     assert "fill a batch of 32" in page
     # Again: nothing to train.
     again = [json.loads(line) for line in command(*words).stdout.splitlines()]

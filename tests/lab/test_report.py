@@ -31,18 +31,21 @@ def report(tmp_path_factory):
     for seed in range(2):
         for arm in ARMS:
             run, _ = store.add(arm, seed, config.identity())
-            for told in train(Task(run.id, arm, seed, config), data):
+            for told in train(Task(run.id, arm, seed, config, probe=STUDY.probe), data):
                 store.write(told)
     runs = list(store.runs())
     by_arm = {arm.name: [run for run in runs if run.arm == arm.name] for arm in ARMS}
     findings = STUDY.judge(Evidence(config, ARMS, by_arm))
     named = replace(config, data=NASTY, model=NASTY, out=NASTY)
     other = replace(data, name=NASTY)
-    text = page([Section(STUDY, named, other, ARMS, runs, findings, store.versions())])
+    section = Section(STUDY, named, other, ARMS, runs, findings, store.versions())
     store.close()
     path = folder / "report.html"
-    path.write_text(text, "utf-8")
-    return path, runs, findings
+    path.write_text(page([section]), "utf-8")
+    twins = [section, replace(section, study=replace(STUDY, name="twin"))]
+    many = folder / "many.html"
+    many.write_text(page(twins, {"batch-size": f"12 samples don't fill a batch {NASTY}"}), "utf-8")
+    return path, runs, findings, many
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def opened(browser, report):
     """Open the report; return the page, what its console said and what it asked the network for."""
     contexts = []
 
-    def open_(width=1400, scheme="light"):
+    def open_(width=1400, scheme="light", which=0):
         context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
         )
@@ -75,7 +78,7 @@ def opened(browser, report):
         tab.on("console", lambda message: said.append(message.text))
         tab.on("pageerror", lambda error: said.append(str(error)))
         tab.on("request", lambda request: asked.append(request.url))
-        tab.goto(report[0].as_uri())
+        tab.goto(report[which].as_uri())
         tab.wait_for_selector("body[data-drawn]")
         return tab, said, asked
 
@@ -84,9 +87,18 @@ def opened(browser, report):
         context.close()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (390, "light")])
-def test_it_opens_offline_without_a_word_on_the_console(opened, width, scheme):
-    tab, said, asked = opened(width, scheme)
+@pytest.mark.parametrize(
+    ("width", "scheme", "which"),
+    [
+        (1400, "light", 0),
+        (1400, "dark", 0),
+        (390, "light", 0),
+        (1400, "light", 3),
+        (390, "dark", 3),
+    ],
+)
+def test_it_opens_offline_without_a_word_on_the_console(opened, width, scheme, which):
+    tab, said, asked = opened(width, scheme, which)
     assert said == []
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
     # Nothing is wider than the page.
@@ -147,7 +159,8 @@ def test_the_raw_numbers_can_be_downloaded(opened, report):
     with tab.expect_download() as download:
         tab.click("a[data-file=speed]")
     lines = Path(download.value.path()).read_text().splitlines()
-    assert lines[0].startswith("arm,seed,step,status,test_accuracy,p15,p50,p85")
+    assert lines[0].startswith("arm,seed,step,status,test_accuracy,")
+    assert {"p15", "train_loss", "layer 3 after p50"} <= set(lines[0].split(","))
     assert len(lines) == 1 + sum(len(run.curves["train_loss"][0]) for run in report[1])
 
 
@@ -167,6 +180,68 @@ def test_the_page_is_under_8_mb_with_plotly_once_and_no_outside_address(report):
     assert len(text.encode()) < 8e6
     assert text.count("plotly.js v") == 1
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?http", text)
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_every_layers_distribution_is_drawn_in_a_panel_of_its_own(opened, width):
+    tab, _, _ = opened(width)
+    plot = "document.getElementById('plot-speed-distributions')"
+    # No norm's three layers, and batch norm's before and after: a line and two bands in each.
+    drawn = tab.locator("#plot-speed-distributions .cartesianlayer > .subplot")
+    assert drawn.count() == 9
+    for place in range(9):
+        assert drawn.nth(place).locator("path.js-line[d]").count() == 1
+        assert drawn.nth(place).locator("path.js-fill[d]").count() == 2
+    domains = tab.evaluate(
+        f"Object.entries({plot}._fullLayout).filter(([k]) => /^[xy]axis/.test(k))"
+        ".map(([k, axis]) => [k, axis.domain])"
+    )
+    found = {}
+    for key, domain in domains:
+        found.setdefault(key[5:], {})[key[0]] = domain
+    boxes = list(found.values())
+    for i, one in enumerate(boxes):
+        for other in boxes[i + 1 :]:
+            apart = [one[a][1] <= other[a][0] or other[a][1] <= one[a][0] for a in "xy"]
+            assert any(apart), (one, other)
+    if width == 390:
+        assert {tuple(box["x"]) for box in boxes} == {(0, 1)}
+    label = tab.locator("#plot-speed-distributions").get_attribute("aria-label")
+    assert "batch norm, after the norm, layer 3: 15th, 50th and 85th percentile" in label
+
+
+def test_a_report_of_many_studies_is_walked_with_the_keyboard(opened):
+    tab, _, _ = opened(390, which=3)
+    said = []
+    for _ in range(3):
+        tab.keyboard.press("Tab")
+        said.append(tab.evaluate("document.activeElement.textContent"))
+    assert said == ["overview", "speed", "twin"]
+    tab.keyboard.press("Enter")
+    tab.wait_for_function("location.hash === '#twin'")
+    top = "document.getElementById('twin').getBoundingClientRect().top"
+    tab.wait_for_function(f"Math.abs({top}) < 60")
+    # The way back stays in sight.
+    assert tab.locator("nav.jump").bounding_box()["y"] == 0
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_what_was_skipped_is_in_the_table_with_its_reason(opened, width):
+    tab, _, _ = opened(width, which=3)
+    row = tab.locator("table.overview tbody tr").last
+    assert "skipped" in row.text_content()
+    reason = row.get_by_text("12 samples don't fill a batch").bounding_box()
+    assert reason["x"] >= 0
+    assert reason["x"] + reason["width"] <= width
+    # Also where the style takes the table apart, it is one to a screen reader.
+    assert tab.get_by_role("columnheader", name="Verdict").first.count() == 1
+    assert tab.evaluate("window.pwned") is None
+
+
+def test_many_studies_make_a_page_under_10_mb_with_plotly_once(report):
+    text = report[3].read_text("utf-8")
+    assert len(text.encode()) < 10e6
+    assert text.count("plotly.js v") == 1
 
 
 def test_embedded_json_cannot_end_its_script():

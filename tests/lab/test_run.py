@@ -27,14 +27,26 @@ def test_a_study_trains_judges_and_reports(command, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "range only" in ended.stdout
     page = (tmp_path / "out/report.html").read_text("utf-8")
+    for text in (ended.stdout, page):
+        assert "Fewer than 6 seeds give ranges, no intervals and no verdict: give --seeds 6" in text
     assert 1e6 < len(page.encode()) < 8e6
     database = sqlite3.connect(tmp_path / "out/results.sqlite")
     config, versions = database.execute("select config, versions from run").fetchone()
     database.close()
     assert json.loads(config)["batch_size"] == 60
     assert json.loads(versions).keys() >= {"torch", "normkit", "numpy", "python"}
-    # Again: nothing to train, the same verdict.
+    database = sqlite3.connect(tmp_path / "out/results.sqlite")
+    (spent,) = database.execute("select value from meta where key = 'seconds'").fetchone()
+    training = database.execute("select sum(seconds) from run").fetchone()[0]
+    database.close()
+    assert float(spent) > training > 0
+    assert "by the clock, 1 run at a time" in page
+    # Again: nothing to train, the same verdict, no more time.
     again = command("speed", *FAST, "--out", "out")
+    database = sqlite3.connect(tmp_path / "out/results.sqlite")
+    found = database.execute("select value from meta where key = 'seconds'").fetchone()
+    database.close()
+    assert float(found[0]) == float(spent)
     assert "runs to train" not in again.stdout
     assert again.stdout.splitlines()[-3:] == ended.stdout.splitlines()[-3:]
     # More seeds go into the same folder; what is there is kept.

@@ -1,7 +1,7 @@
 """Triton kernels: one read where a pool fits in registers, for dense tensors on an NVIDIA GPU.
 
-With TRITON_INTERPRET=1 the same kernels run under Triton's interpreter on CPU tensors, slowly: for
-tests. Where pools lie is in `triton_plan`, what is done to them in `triton_kernels`.
+Where pools lie is in `triton_plan`, what is done to them in `triton_kernels`. Tests run the same
+kernels under Triton's interpreter: with TRITON_INTERPRET=1 and DEVICE set to "cpu".
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def interpreting() -> bool:
 @functools.cache
 def available() -> str | None:
     """Why this backend can't be used on this machine, or None."""
-    if not interpreting():
+    if DEVICE == "cuda":
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA"
         if not torch.cuda.is_available():
             return "no NVIDIA GPU is available"
+        if interpreting():
+            return "TRITON_INTERPRET=1 is set, which interprets kernels instead of compiling them"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     return None
@@ -51,9 +53,9 @@ def why_not(spec: Spec, inputs: Inputs) -> str | None:
     x = inputs.x
     if spec.conditional:
         return "weight or bias is given per sample"
-    if x.device.type != ("cpu" if interpreting() else DEVICE):
+    if x.device.type != DEVICE:
         return f"x is on {x.device}"
-    if not interpreting() and (met := _capability(x.device)) < OLDEST:
+    if (met := _capability(x.device)) < OLDEST:
         return f"{x.device} has compute capability {met[0]}.{met[1]}, below {OLDEST[0]}.{OLDEST[1]}"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}"
@@ -72,93 +74,73 @@ def why_not(spec: Spec, inputs: Inputs) -> str | None:
 
 def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
     """As `reference.normalize`; the mean is float64, so that it keeps what float32 would drop."""
-    call = _Call(spec, inputs, "forward")
-    x, g, at = call.x, call.geometry, call.launch
-    y = torch.empty_like(x)
-    total = None if inputs.add is None else torch.empty_like(x)
-    mean = x.new_empty(g.statistics, dtype=torch.float64)
-    rstd, var = (x.new_empty(g.statistics, dtype=call.dtype) for _ in range(2))
-    tensors = (
-        *(x, call.like(inputs.add), call.like(inputs.residual), call.mask, call.weight, call.bias),
-        *(_dense_affine(inputs.mean), _dense_affine(inputs.var), y, total, mean, rstd, var),
-    )
-
-    def run(phase: str, parts: Tensor | None = None) -> None:
-        call.run("forward", at.units, (*tensors, parts), PHASE=phase)
-
+    call = _Forward(spec, inputs)
+    x, at = call.x, call.launch
     with _on(x.device):
         if spec.given:
-            run("apply")
-        elif at.split:
-            parts = x.new_empty((3, at.chunks, call.indices), dtype=torch.float64)
-            run("moments", parts)
-            _merge(call, parts, mean, rstd, var)
-            run("apply")
+            call.run("apply")
+        elif not at.split:
+            call.run("both")
         else:
-            run("both")
-    return (y, mean, rstd, var) if total is None else (y, mean, rstd, var, total)
+            parts = call.moments()
+            if at.merged:
+                call.run("apply", parts)
+            else:
+                call.merge(parts, None, call.mean, call.rstd, call.var)
+                call.run("apply")
+    statistics = (call.mean, call.rstd, call.var)
+    return (call.y, *statistics) if call.total is None else (call.y, *statistics, call.total)
 
 
 def normalize_backward(
     spec: Spec, inputs: Inputs, dy: Tensor, dtotal: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.normalize_backward`."""
-    call = _Call(spec, inputs, "backward")
-    x, g, at = call.x, call.geometry, call.launch
-    residual, output = call.like(inputs.residual), call.like(inputs.output)
-    dx = torch.empty_like(x)
-    dz = None if residual is None and output is None else torch.empty_like(x)
-    wants = call.weight is not None or call.bias is not None
-    of_pools = g.affine == "pool"
-    programs, rows = at.units, at.chunks * g.outer
-    if shared(g):
-        programs = rows = min(at.units, _multiprocessors(x.device) * WARPS_PER_SM // at.warps)
-    affine = None
-    if wants and not of_pools:
-        new = x.new_empty if covers(g, at) else x.new_zeros
-        affine = new((2, rows, g.entries), dtype=call.dtype)
-    tensors = (
-        *(call.like(dy), x, residual, output, call.mask, call.weight, call.bias),
-        *(inputs.mean, inputs.rstd, call.like(dtotal)),
-    )
-
-    def run(phase: str, sums: Tensor | None, merged: Tensor | None = None) -> None:
-        call.run(
-            "backward",
-            programs,
-            (*tensors, merged, dx, dz, sums, None if phase == "gradient" else affine),
-            (at.units, g.pools, programs, rows),
-            PHASE=phase,
-            GIVEN=spec.given,
-            COVERS=covers(g, at),
-            SHARED=shared(g),
-        )
-
-    with _on(x.device):
-        sums = None
-        if at.split:
-            if wants or not spec.given:
-                planes = 2 if call.mask is None else 3
-                parts = x.new_empty((planes, at.chunks, call.indices), dtype=call.dtype)
-                run("sums", parts)
-                sums = _fold(call, parts, g.pools, g.group)
-            run("gradient", None, sums)
+    call = _Backward(spec, inputs, dy, dtotal)
+    with _on(call.x.device):
+        sums = call.new_sums() if call.of_pools and call.wants else None
+        if not call.launch.split:
+            call.run("both", sums)
+        elif spec.given and not call.wants:
+            call.run("gradient")
         else:
-            if of_pools and wants:
-                sums = x.new_empty((2, 1, g.pools), dtype=call.dtype)
-            run("both", sums)
-        dbias = dweight = None
-        if wants:
-            if of_pools:
-                assert sums is not None
-                affine = sums[:2].view(2, -1, g.entries)
-            assert affine is not None
-            dbias, dweight = (
-                affine[:, 0] if affine.shape[1] == 1 else _fold(call, affine, g.entries)
-            )
-    if dz is None:
-        dz = dy if inputs.mask is None else torch.where(inputs.mask, dy, 0)
-    return dx, _as_parameter(inputs.weight, dweight), _as_parameter(inputs.bias, dbias), dz
+            parts = call.sums()
+            if call.launch.merged:
+                call.run("gradient", sums, parts)
+            else:
+                sums = call.fold_pools(parts)
+                call.run("gradient", merged=sums)
+        dweight, dbias = call.parameters(sums)
+    return call.dx, dweight, dbias, call.dresidual()
+
+
+def moments(spec: Spec, inputs: Inputs) -> Tensor:
+    """As `reference.moments`."""
+    call = _Forward(spec, inputs)
+    every = call.x.new_empty((3, *call.geometry.statistics), dtype=torch.float64)
+    with _on(call.x.device):
+        call.merge(call.moments(), every[0], every[1], None, every[2])
+    return every
+
+
+def sums(spec: Spec, inputs: Inputs, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `reference.sums`."""
+    call = _Backward(spec, inputs, dy)
+    with _on(call.x.device):
+        folded = call.fold_pools(call.sums())
+        dweight, dbias = call.parameters(folded)
+    total = folded[:2].double().view(2, *call.geometry.statistics)
+    if call.of_pools and inputs.weight is not None:
+        total = total * inputs.weight
+    return total, dweight, dbias
+
+
+def gradient(spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor) -> tuple[Tensor, Tensor | None]:
+    """As `reference.gradient`."""
+    call = _Backward(spec, inputs, dy)
+    with _on(call.x.device):
+        call.run("project", merged=means.to(call.dtype).contiguous())
+    return call.dx, call.dresidual()
 
 
 class _Call:
@@ -182,7 +164,7 @@ class _Call:
         """The tensor in x's layout."""
         return None if tensor is None else _like(tensor, self.x)
 
-    def run(
+    def start(
         self,
         kernel: str,
         programs: int,
@@ -192,8 +174,6 @@ class _Call:
     ) -> None:
         """So many programs, each for all chunks of its units."""
         g, at, spec = self.geometry, self.launch, self.spec
-        if kernel == "forward":
-            constants["eps"] = spec.eps
         getattr(_kernels(), kernel)[(programs * at.chunks,)](
             *tensors,
             *(at.period, g.outer_stride // g.step, g.unit_stride // g.step),
@@ -206,6 +186,8 @@ class _Call:
             AFFINE=g.affine,
             WHOLE=at.whole,
             STEP=g.step,
+            STAGES=at.stages,
+            MERGED=at.merged or 1,
             A=at.a,
             B=at.b,
             T=_type(self.dtype),
@@ -215,30 +197,144 @@ class _Call:
         )
 
 
-def _merge(call: _Call, parts: Tensor, mean: Tensor, rstd: Tensor, var: Tensor) -> None:
-    """Mean, rstd and variance of the pools from (count, mean, M2) of their parts."""
-    spec, g = call.spec, call.geometry
-    _, chunks, indices = parts.shape
-    a, b = _table(chunks, g.pools)
-    _kernels().merge[(-(-g.pools // b),)](
-        *(parts, mean, rstd, var, chunks, indices, g.pools, g.group),
-        *(spec.eps, spec.center, a, b, _type(call.dtype)),
-        num_warps=4,
-        **FUSION,
-    )
+class _Forward(_Call):
+    """The outputs of a forward, and the launches that write them."""
+
+    def __init__(self, spec: Spec, inputs: Inputs) -> None:
+        super().__init__(spec, inputs, "forward")
+        x, pools = self.x, self.geometry.statistics
+        self.y = torch.empty_like(x)
+        self.total = None if inputs.add is None else torch.empty_like(x)
+        self.mean = x.new_empty(pools, dtype=torch.float64)
+        self.rstd, self.var = (x.new_empty(pools, dtype=self.dtype) for _ in range(2))
+        self.tensors = (
+            *(x, self.like(inputs.add), self.like(inputs.residual)),
+            *(self.mask, self.weight, self.bias),
+            *(_dense_affine(inputs.mean), _dense_affine(inputs.var)),
+            *(self.y, self.total, self.mean, self.rstd, self.var),
+        )
+
+    def run(self, phase: str, parts: Tensor | None = None) -> None:
+        self.start(
+            "forward",
+            self.launch.units,
+            (*self.tensors, parts),
+            eps=self.spec.eps,
+            PHASE=phase,
+        )
+
+    def moments(self) -> Tensor:
+        """(count, mean, M2) of the chunks."""
+        shape = (3, self.launch.chunks, self.indices)
+        parts = self.x.new_empty(shape, dtype=torch.float64)
+        self.run("moments", parts)
+        return parts
+
+    def merge(self, parts: Tensor, *to: Tensor | None) -> None:
+        """The count, mean, rstd and variance of the pools, as far as they are wanted."""
+        spec, g = self.spec, self.geometry
+        a, b = _table(parts.shape[1], g.pools)
+        _kernels().merge[(-(-g.pools // b),)](
+            *(parts, *to, *parts.shape[1:], g.pools, g.group),
+            *(spec.eps, spec.center, a, b, _type(self.dtype)),
+            num_warps=4,
+            **FUSION,
+        )
 
 
-def _fold(call: _Call, parts: Tensor, entries: int, group: int = 1) -> Tensor:
-    """The sums of (planes, rows, entries * group) over the rows and over `group` neighbours."""
-    planes, rows, indices = parts.shape
-    out = parts.new_empty((planes, entries))
-    a, b = _table(rows, entries)
-    _kernels().fold[(-(-entries // b), planes)](
-        *(parts, out, rows, indices, entries, group, a, b, _type(call.dtype)),
-        num_warps=4,
-        **FUSION,
-    )
-    return out
+class _Backward(_Call):
+    """The gradients of a backward, and the launches that write them."""
+
+    def __init__(
+        self, spec: Spec, inputs: Inputs, dy: Tensor, dtotal: Tensor | None = None
+    ) -> None:
+        super().__init__(spec, inputs, "backward")
+        x, g, at = self.x, self.geometry, self.launch
+        residual, output = self.like(inputs.residual), self.like(inputs.output)
+        self.inputs, self.dy = inputs, dy
+        self.dx = torch.empty_like(x)
+        self.dz = None if residual is None and output is None else torch.empty_like(x)
+        self.wants = self.weight is not None or self.bias is not None
+        self.of_pools = g.affine == "pool"
+        self.programs, self.rows = at.units, at.chunks * g.outer
+        if shared(g):
+            most = _multiprocessors(x.device) * WARPS_PER_SM // at.warps
+            self.programs = self.rows = min(at.units, most)
+        self.affine = None
+        if self.wants and not self.of_pools:
+            new = x.new_empty if covers(g, at) else x.new_zeros
+            self.affine = new((2, self.rows, g.entries), dtype=self.dtype)
+        self.tensors = (
+            *(self.like(dy), x, residual, output, self.mask, self.weight, self.bias),
+            *(inputs.mean, inputs.rstd, self.like(dtotal)),
+        )
+
+    def run(
+        self,
+        phase: str,
+        sums: Tensor | None = None,
+        parts: Tensor | None = None,
+        merged: Tensor | None = None,
+    ) -> None:
+        g, at = self.geometry, self.launch
+        affine = self.affine if phase in ("both", "sums") else None
+        self.start(
+            "backward",
+            self.programs,
+            (*self.tensors, parts, merged, self.dx, self.dz, sums, affine),
+            (at.units, g.pools, self.programs, self.rows),
+            PHASE=phase,
+            GIVEN=self.spec.given and phase != "project",
+            COVERS=covers(g, at),
+            SHARED=shared(g),
+        )
+
+    def new_sums(self) -> Tensor:
+        return self.x.new_empty((2, self.geometry.pools), dtype=self.dtype)
+
+    def sums(self) -> Tensor:
+        """Σg, Σg x̂ and, with a mask, the count of the chunks."""
+        planes = 2 if self.mask is None else 3
+        shape = (planes, self.launch.chunks, self.indices)
+        parts = self.x.new_empty(shape, dtype=self.dtype)
+        self.run("sums", parts)
+        return parts
+
+    def fold_pools(self, parts: Tensor) -> Tensor:
+        """The sums of the pools from those of the chunks."""
+        return self.fold(parts, self.geometry.pools, self.geometry.group)
+
+    def fold(self, parts: Tensor, entries: int, group: int = 1) -> Tensor:
+        """The sums of (planes, rows, entries * group) over rows and over `group` neighbours."""
+        planes, rows, indices = parts.shape
+        out = parts.new_empty((planes, entries))
+        a, b = _table(rows, entries)
+        _kernels().fold[(-(-entries // b), planes)](
+            *(parts, out, rows, indices, entries, group, a, b, _type(self.dtype)),
+            num_warps=4,
+            **FUSION,
+        )
+        return out
+
+    def parameters(self, sums: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of weight and bias, from the pools' sums or from what was gathered."""
+        if not self.wants:
+            return None, None
+        affine = self.affine
+        if self.of_pools:
+            assert sums is not None
+            affine = sums[:2].view(2, -1, self.geometry.entries)
+        assert affine is not None
+        one = affine.shape[1] == 1
+        dbias, dweight = affine[:, 0] if one else self.fold(affine, self.geometry.entries)
+        inputs = self.inputs
+        return _as_parameter(inputs.weight, dweight), _as_parameter(inputs.bias, dbias)
+
+    def dresidual(self) -> Tensor:
+        if self.dz is not None:
+            return self.dz
+        mask = self.inputs.mask
+        return self.dy if mask is None else torch.where(mask, self.dy, 0)
 
 
 def _table(rows: int, entries: int) -> tuple[int, int]:
@@ -259,19 +355,19 @@ def _type(dtype: torch.dtype) -> Any:
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else OLDEST
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    if device.type != DEVICE:
+    if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Kernels are launched on the current device."""
-    if device.type != DEVICE or device.index == torch.cuda.current_device():
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 

@@ -230,7 +230,8 @@ def _sums_of_tile(v, counts, n, scale, CENTER: tl.constexpr, KEPT: tl.constexpr)
 @triton.jit
 def _sums_of_tiles(
     source, where, unit, begin, end, scale,
-    CENTER: tl.constexpr, KEPT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
+    CENTER: tl.constexpr, KEPT: tl.constexpr, STAGES: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The same of the tiles from begin to end, which are read from memory."""
     x, add, mask = source
@@ -249,7 +250,7 @@ def _sums_of_tiles(
         shift = _total(s, KEPT) / tl.maximum(n, 1)
     s = tl.zeros([A, B], T)
     q = tl.zeros([A, B], T)
-    for tile in range(begin, end):
+    for tile in tl.range(begin, end, num_stages=STAGES):
         a, b, at, exists = _place(where, unit, tile, KEPT, A, B)
         v, counts = _read(source, None, at, exists, T)
         v = v * scale
@@ -278,28 +279,27 @@ def _variance(s, q, n, CENTER: tl.constexpr):
 
 @triton.jit
 def _moments(
-    source, where, unit, begin, end, tile, n, eps: tl.constexpr,
-    CENTER: tl.constexpr, KEPT: tl.constexpr, WHOLE: tl.constexpr,
+    source, where, unit, begin, end, tile, n, known, eps: tl.constexpr,
+    CENTER: tl.constexpr, KEPT: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance in float64, and rstd; `tile` has the values of a unit of one tile."""
-    one = tl.full([1, 1], 1, T)
+    scale = tl.zeros_like(known).to(T) + 1
     if WHOLE:
         v, counts = tile
-        shift, s, q = _sums_of_tile(v, counts, n, one, CENTER, KEPT)
+        shift, s, q = _sums_of_tile(v, counts, n, scale, CENTER, KEPT)
     else:
-        shift, s, q = _sums_of_tiles(source, where, unit, begin, end, one, CENTER, KEPT, A, B, T)
-    narrow = _variance(s, q, n, CENTER)
-    mean = _mean(shift, s, n, CENTER)
-    var = narrow.to(tl.float64)
-    rstd = tl.rsqrt(narrow + eps)
+        shift, s, q = _sums_of_tiles(
+            source, where, unit, begin, end, scale, CENTER, KEPT, STAGES, A, B, T
+        )
+    var = _variance(s, q, n, CENTER)
     if tl.float32 == T:
-        vast = (narrow <= 1e38) == 0
+        vast = (var <= 1e38) == 0
         lost = vast
         if eps < 1e-20:
-            lost = vast | (narrow < 1e-30)
+            lost = vast | (var < 1e-30)
         if tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0:
-            # Pools are scaled by 2^-80 or 2^80; what the others have stays, bit for bit.
+            # Pools are scaled by 2^-80 or 2^80; the others come out the same, bit for bit.
             down: tl.constexpr = 2.0**-80
             up: tl.constexpr = 2.0**80
             scale = tl.where(lost, tl.where(vast, down, up), 1.0)
@@ -308,14 +308,11 @@ def _moments(
                 shift, s, q = _sums_of_tile(v, counts, n, scale, CENTER, KEPT)
             else:
                 shift, s, q = _sums_of_tiles(
-                    source, where, unit, begin, end, scale, CENTER, KEPT, A, B, T
+                    source, where, unit, begin, end, scale, CENTER, KEPT, STAGES, A, B, T
                 )
-            wide = scale.to(tl.float64)
-            exact = _variance(s, q, n, CENTER).to(tl.float64) / wide / wide
-            mean = tl.where(lost, _mean(shift, s, n, CENTER) / wide, mean)
-            var = tl.where(lost, exact, var)
-            rstd = tl.where(lost, (1 / tl.sqrt(exact + eps)).to(T), rstd)
-    return mean, var, rstd
+    wide = scale.to(tl.float64)
+    exact = _variance(s, q, n, CENTER).to(tl.float64) / wide / wide
+    return _mean(shift, s, n, CENTER) / wide, exact, (1 / tl.sqrt(exact + eps)).to(T)
 
 
 @triton.jit
@@ -323,6 +320,42 @@ def _two(mean, T: tl.constexpr):
     """A float64 mean as two numbers of T: x - mean keeps what one of them would drop."""
     hi = mean.to(T)
     return hi, (mean - hi.to(tl.float64)).to(T)
+
+
+@triton.jit
+def _merged(
+    parts, chunks, indices, group, pool, known, CENTER: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and variance of pools (1, B) from (count, mean, M2) of their chunks and `group`
+    neighbours, so many chunks at a time. Chan's, in float64:
+
+    M2 = Σ M2_i + Σ n_i (mean_i - mean)²
+    """
+    plane = tl.cast(chunks, tl.int64) * indices
+    n = tl.zeros([MERGED, 1], tl.float64) + tl.zeros_like(pool).to(tl.float64)
+    s = n
+    q = n
+    for first in range(0, chunks, MERGED):
+        chunk = first + tl.arange(0, MERGED)[:, None].to(tl.int64)
+        exists = known & (chunk < chunks)
+        for i in range(group):
+            at = chunk * indices + pool * group + i
+            k = _load(parts, at, exists, tl.float64)
+            n += k
+            s += k * _load(parts + plane, at, exists, tl.float64)
+    n = tl.sum(n, 0, keep_dims=True)
+    size = tl.maximum(n, 1)
+    m = tl.sum(s, 0, keep_dims=True) / size
+    for first in range(0, chunks, MERGED):
+        chunk = first + tl.arange(0, MERGED)[:, None].to(tl.int64)
+        exists = known & (chunk < chunks)
+        for i in range(group):
+            at = chunk * indices + pool * group + i
+            q += _load(parts + 2 * plane, at, exists, tl.float64)
+            if CENTER:
+                d = _load(parts + plane, at, exists, tl.float64) - m
+                q += _load(parts, at, exists, tl.float64) * d * d
+    return n, m, tl.sum(q, 0, keep_dims=True) / size
 
 
 # ---- forward
@@ -352,12 +385,14 @@ def forward(
     group, entries, tiles, chunk, chunks, indices,
     eps: tl.constexpr, CENTER: tl.constexpr, ACT: tl.constexpr,
     KEPT: tl.constexpr, AFFINE: tl.constexpr, PHASE: tl.constexpr, WHOLE: tl.constexpr,
-    STEP: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, MERGED: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The statistics and the output of a unit, or of a chunk of its tiles one of the two.
 
     PHASE "moments" writes (count, mean, M2) of a chunk to `parts` (3, chunks, indices); "apply"
-    reads the mean and rstd that `merge` made of them, or those given; "both" is one launch.
+    merges them itself, or reads the mean and rstd that `merge` made of them, or those given; "both"
+    is one launch.
     """
     where = _where(period, outer_stride, unit_stride, rows, cols, row_stride, STEP)
     unit = tl.program_id(0) // chunks
@@ -376,7 +411,10 @@ def forward(
     if given_mean is not None:
         m = _load(given_mean, pool, known, tl.float64)
         s2 = _load(given_var, pool, known, tl.float64)
-        r = tl.rsqrt(s2.to(T) + eps)
+        r = (1 / tl.sqrt(s2 + eps)).to(T)
+    elif PHASE == "apply" and parts is not None:
+        _, m, s2 = _merged(parts, chunks, indices, group, pool, known, CENTER, MERGED)
+        r = (1 / tl.sqrt(s2 + eps)).to(T)
     elif PHASE == "apply":
         m = _load(mean, pool, known, tl.float64)
         s2 = m
@@ -384,8 +422,8 @@ def forward(
     else:
         n = _count(mask, where, unit, begin, end, KEPT, A, B, T)
         m, s2, r = _moments(
-            source, where, unit, begin, end, held, tl.maximum(n, 1),
-            eps, CENTER, KEPT, WHOLE, A, B, T,
+            source, where, unit, begin, end, held, tl.maximum(n, 1), known,
+            eps, CENTER, KEPT, WHOLE, STAGES, A, B, T,
         )  # fmt: skip
     if PHASE == "moments":
         to = parts + tl.cast(part, tl.int64) * indices + index
@@ -395,7 +433,7 @@ def forward(
         tl.store(to + plane, m, mask=known)
         tl.store(to + 2 * plane, s2 * count, mask=known)
     else:
-        if PHASE == "both" or given_mean is not None:
+        if PHASE == "both" or parts is not None or given_mean is not None:
             if part == 0:
                 tl.store(mean + pool, m, mask=known)
                 tl.store(rstd + pool, r, mask=known)
@@ -409,7 +447,7 @@ def forward(
                 residual, mask, y, CENTER, ACT, T,
             )  # fmt: skip
         else:
-            for tile in range(begin, end):
+            for tile in tl.range(begin, end, num_stages=STAGES):
                 a, b, at, exists = _place(where, unit, tile, KEPT, A, B)
                 v, counts = _read(source, total, at, exists, T)
                 _write(
@@ -421,41 +459,19 @@ def forward(
 
 @triton.jit
 def merge(
-    parts, mean, rstd, var, chunks, indices, pools, group,
-    eps: tl.constexpr, CENTER: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
+    parts, count, mean, rstd, var, chunks, indices, pools, group,
+    eps: tl.constexpr, CENTER: tl.constexpr, MERGED: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """The pools' statistics from (count, mean, M2) of their chunks and `group` neighbours: Chan's.
-
-    M2 = Σ M2_i + Σ n_i (mean_i - mean)², all in float64.
-    """
+    """The pools' statistics from parts that are too many for each "apply" to merge, or all it takes."""
     pool = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)[None, :]
-    plane = tl.cast(chunks, tl.int64) * indices
-    n = tl.zeros([A, B], tl.float64)
-    s = tl.zeros([A, B], tl.float64)
-    for first in range(0, chunks, A):
-        chunk = first + tl.arange(0, A)[:, None].to(tl.int64)
-        exists = (pool < pools) & (chunk < chunks)
-        for i in range(group):
-            at = chunk * indices + pool * group + i
-            k = _load(parts, at, exists, tl.float64)
-            n += k
-            s += k * _load(parts + plane, at, exists, tl.float64)
-    size = tl.maximum(tl.sum(n, 0, keep_dims=True), 1)
-    m = tl.sum(s, 0, keep_dims=True) / size
-    q = tl.zeros([A, B], tl.float64)
-    for first in range(0, chunks, A):
-        chunk = first + tl.arange(0, A)[:, None].to(tl.int64)
-        exists = (pool < pools) & (chunk < chunks)
-        for i in range(group):
-            at = chunk * indices + pool * group + i
-            q += _load(parts + 2 * plane, at, exists, tl.float64)
-            if CENTER:
-                d = _load(parts + plane, at, exists, tl.float64) - m
-                q += _load(parts, at, exists, tl.float64) * d * d
-    v = tl.sum(q, 0, keep_dims=True) / size
-    tl.store(mean + pool, m, mask=pool < pools)
-    tl.store(var + pool, v.to(T), mask=pool < pools)
-    tl.store(rstd + pool, (1 / tl.sqrt(v + eps)).to(T), mask=pool < pools)
+    known = pool < pools
+    n, m, v = _merged(parts, chunks, indices, group, pool, known, CENTER, MERGED)
+    tl.store(mean + pool, m, mask=known)
+    tl.store(var + pool, v.to(var.dtype.element_ty), mask=known)
+    if count is not None:
+        tl.store(count + pool, n, mask=known)
+    if rstd is not None:
+        tl.store(rstd + pool, (1 / tl.sqrt(v + eps)).to(T), mask=known)
 
 
 # ---- backward
@@ -509,6 +525,20 @@ def _write_gradient(
 
 
 @triton.jit
+def _folded(
+    parts, chunks, indices, group, pool, known, T: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """The sums of pools (1, B) over the chunks and over `group` neighbours."""
+    s = tl.zeros([MERGED, 1], T) + tl.zeros_like(pool).to(T)
+    for first in range(0, chunks, MERGED):
+        chunk = first + tl.arange(0, MERGED)[:, None].to(tl.int64)
+        for i in range(group):
+            at = chunk * indices + pool * group + i
+            s += _load(parts, at, known & (chunk < chunks), T)
+    return tl.sum(s, 0, keep_dims=True)
+
+
+@triton.jit
 def _deposit(to, value, exists):
     """Add to what no other program reads or writes."""
     tl.debug_barrier()
@@ -518,20 +548,21 @@ def _deposit(to, value, exists):
 
 @triton.jit
 def backward(
-    dy, x, residual, output, mask, weight, bias, mean, rstd, dtotal, merged,
+    dy, x, residual, output, mask, weight, bias, mean, rstd, dtotal, parts, merged,
     dx, dresidual, sums, affine,
     period, outer_stride, unit_stride, rows, cols, row_stride,
     group, entries, tiles, chunk, chunks, indices, units, pools, programs, affine_rows,
     GIVEN: tl.constexpr, CENTER: tl.constexpr, ACT: tl.constexpr,
     KEPT: tl.constexpr, AFFINE: tl.constexpr, PHASE: tl.constexpr, WHOLE: tl.constexpr,
     COVERS: tl.constexpr, SHARED: tl.constexpr,
-    STEP: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, MERGED: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The input gradient of some units, and their share of those of weight and bias.
 
     A program does the units program, program + programs, ... PHASE "sums" writes Σg, Σg x̂ and,
-    with a mask, the count of a chunk to `sums` (2 or 3, chunks, indices); "gradient" reads them,
-    folded, from `merged` (2 or 3, pools); "both" is one launch. Where weight and bias are one value
+    with a mask, the count of a chunk to `sums` (2 or 3, chunks, indices); "gradient" folds these
+    `parts` itself, or reads them, folded, from `merged` (2 or 3, pools); "both" is one launch. Where weight and bias are one value
     a pool, their gradients are these sums, of g = dz. Elsewhere they are gathered in `affine`
     (2, affine_rows, entries), bias first; a row has one writer: a program where all units have the
     same entries (SHARED), else one chunk of each unit. COVERS: so have all tiles of a unit.
@@ -544,6 +575,7 @@ def backward(
     source = (x, None, mask)
     parameters = (weight, bias)
     of_pools: tl.constexpr = AFFINE == "pool"
+    reads: tl.constexpr = PHASE == "gradient" or PHASE == "project"
     gathers: tl.constexpr = affine is not None
     holds: tl.constexpr = gathers and COVERS
     plane = tl.cast(affine_rows, tl.int64) * entries
@@ -567,7 +599,11 @@ def backward(
             if holds:
                 db += dz
                 dw += dz * standard
-        if PHASE == "gradient":
+        chunk_plane = tl.cast(chunks, tl.int64) * indices
+        if reads and parts is not None:
+            flat = _folded(parts, chunks, indices, group, pool, known, T, MERGED)
+            steep = _folded(parts + chunk_plane, chunks, indices, group, pool, known, T, MERGED)
+        elif reads:
             if not GIVEN:
                 flat = _load(merged, pool, known, T)
                 steep = _load(merged + pools, pool, known, T)
@@ -580,7 +616,7 @@ def backward(
         else:
             s = tl.zeros([A, B], T)
             q = tl.zeros([A, B], T)
-            for tile in range(begin, end):
+            for tile in tl.range(begin, end, num_stages=STAGES):
                 a, b, at, exists = _place(where, unit, tile, KEPT, A, B)
                 of = _entries(where, (pool, known), entries, unit, a, b, KEPT, AFFINE)
                 standard, dz, counts = _point(
@@ -602,17 +638,27 @@ def backward(
                     _deposit(to + plane, _collapse(dz * standard, AFFINE), mine)
             flat = _total(s, KEPT)
             steep = _total(q, KEPT)
-        if sums is not None:
+        if PHASE == "gradient" and sums is not None:
+            if part == 0:
+                tl.store(sums + pool, flat, mask=known)
+                tl.store(sums + pools + pool, steep, mask=known)
+        elif sums is not None:
             to = sums + tl.cast(part, tl.int64) * indices + index
             tl.store(to, flat, mask=known)
-            tl.store(to + tl.cast(chunks, tl.int64) * indices, steep, mask=known)
+            tl.store(to + chunk_plane, steep, mask=known)
             if PHASE == "sums" and mask is not None:
                 n = _count(mask, where, unit, begin, end, KEPT, A, B, T)
-                tl.store(to + 2 * tl.cast(chunks, tl.int64) * indices, n, mask=known)
+                tl.store(to + 2 * chunk_plane, n, mask=known)
         if PHASE != "sums":
             means = (None, None)
-            if not GIVEN:
-                if PHASE == "gradient" and mask is not None:
+            if PHASE == "project":
+                means = (flat, steep)
+            elif not GIVEN:
+                if PHASE == "gradient" and mask is not None and parts is not None:
+                    n = _folded(
+                        parts + 2 * chunk_plane, chunks, indices, group, pool, known, T, MERGED
+                    )
+                elif PHASE == "gradient" and mask is not None:
                     n = _load(merged + 2 * pools, pool, known, T)
                 else:
                     n = _count(mask, where, unit, 0, tiles, KEPT, A, B, T) * group
@@ -630,7 +676,7 @@ def backward(
                     mask, dtotal, dx, dresidual, GIVEN, CENTER, T,
                 )  # fmt: skip
             else:
-                for tile in range(begin, end):
+                for tile in tl.range(begin, end, num_stages=STAGES):
                     a, b, at, exists = _place(where, unit, tile, KEPT, A, B)
                     of = _entries(where, (pool, known), entries, unit, a, b, KEPT, AFFINE)
                     standard, dz, counts = _point(
@@ -657,16 +703,11 @@ def backward(
 @triton.jit
 def fold(
     parts, out, rows, indices, entries, group,
-    A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
+    MERGED: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The sums of (planes, rows, indices) over the rows and over `group` neighbours."""
     plane = tl.program_id(1).to(tl.int64)
     entry = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)[None, :]
-    s = tl.zeros([A, B], T)
-    for first in range(0, rows, A):
-        row = first + tl.arange(0, A)[:, None].to(tl.int64)
-        for i in range(group):
-            at = (plane * rows + row) * indices + entry * group + i
-            s += _load(parts, at, (entry < entries) & (row < rows), T)
-    s = tl.sum(s, 0, keep_dims=True)
-    tl.store(out + plane * entries + entry, s.to(out.dtype.element_ty), mask=entry < entries)
+    known = entry < entries
+    s = _folded(parts + plane * rows * indices, rows, indices, group, entry, known, T, MERGED)
+    tl.store(out + plane * entries + entry, s.to(out.dtype.element_ty), mask=known)

@@ -29,14 +29,22 @@ LARGEST = {"forward": 16384, "backward": 8192}
 """Elements of a tile that holds a whole unit in registers, read once."""
 TILE = 4096
 """Elements of a tile of a unit that is larger."""
-PER_THREAD = {"forward": 32, "backward": 16}
-"""Elements of a tile that each thread holds: of x in the forward, of x, dy and two sums behind."""
+PER_THREAD = {"forward": 16, "backward": 16}
+"""Elements of a tile that each thread holds, in so many warps as that takes, up to 16; of a row of
+TILE or more that a forward holds whole, twice as many."""
 LOOPED = 65536
 """Elements of a unit that one program reads twice, the second time from L2."""
 CHUNK = 16384
 """Elements of a part of a larger unit; only batch norm's depend on how many units there are."""
 PROGRAMS = 1024
 """Programs that batch norm's units are cut into."""
+SMALL = 1 << 23
+"""Elements of x up to which batch norm's launches cost more than its bytes."""
+MERGED = 64
+"""Chunks of a unit that whoever needs their sums merges itself, without a launch in between."""
+STAGES = {"forward": 2, "backward": 1}
+"""Tiles that are read at a time, where a program goes through several: reading ahead costs a
+backward the registers that a second program on the multiprocessor needs."""
 WARPS_PER_SM = 16
 """Warps that a persistent backward keeps on a multiprocessor."""
 SHORT_RUN = 64
@@ -73,7 +81,8 @@ class Geometry(NamedTuple):
 class Launch(NamedTuple):
     """Tiles of a rows x b columns; the tiles of a unit in chunks of so many; a program's warps.
 
-    `split`: statistics and output take launches of their own, over chunks.
+    `split`: statistics and output take launches of their own, over chunks. `merged`: the second
+    merges what the first made, so many chunks at a time; 0 where that is a third launch.
     """
 
     a: int
@@ -86,6 +95,8 @@ class Launch(NamedTuple):
     chunk: int
     chunks: int
     warps: int
+    stages: int
+    merged: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -165,11 +176,24 @@ def launch(g: Geometry, way: Literal["forward", "backward"], given: bool) -> Lau
     if split:
         chunk = _ceil(CHUNK, a * b)
         if g.batch:
-            chunk = max(chunk, _ceil(tiles, max(1, PROGRAMS // units)))
+            most = max(1, PROGRAMS // units)
+            chunk = max(chunk, _ceil(tiles, min(most, MERGED) if _small(g) else most))
     chunk = min(chunk, tiles)
+    chunks = _ceil(tiles, chunk)
     most = 8 if g.kept == "columns" else 16
-    warps = min(most, max(1, a * b // (32 * PER_THREAD[way])))
-    return Launch(a, b, whole, split, units, period, tiles, chunk, _ceil(tiles, chunk), warps)
+    held = 2 if whole and g.kept == "rows" and way == "forward" and b >= TILE else 1
+    warps = min(most, max(1, a * b // (32 * held * PER_THREAD[way])))
+    merged = 0
+    if split and chunks <= MERGED:
+        merged = min(_power(chunks), 2048 // (b if g.kept == "columns" else 1))
+    return Launch(
+        a, b, whole, split, units, period, tiles, chunk, chunks, warps, STAGES[way], merged
+    )
+
+
+def _small(g: Geometry) -> bool:
+    """Whether batch norm of so little is bound by its launches."""
+    return g.batch and g.outer * g.period * g.rows * g.cols <= SMALL
 
 
 def _tile(g: Geometry, way: str) -> tuple[int, int, bool]:
@@ -179,13 +203,17 @@ def _tile(g: Geometry, way: str) -> tuple[int, int, bool]:
     if g.kept == "rows":
         whole = cols <= largest
         b = cols if whole else 2 * TILE
-        return (max(1, 2048 // b) if whole else 1), b, whole
+        short = 2048 if way == "forward" else 1024
+        return (max(1, short // b) if whole else 1), b, whole
     if g.kept == "columns":
-        b = min(cols, 64)
+        # Narrow tiles of little batch norm: more units, so fewer chunks of each to merge.
+        b = min(cols, 16 if _small(g) else 64)
         largest = largest if way == "forward" else TILE  # a backward of 8192 spills here
         if g.group == 1 and rows * min(cols, 16) <= largest:
             return rows, min(cols, max(16, TILE // rows)), True
-        return min(rows, TILE // b), b, False
+        # Finding the pool of a column among neighbours takes registers: fewer warps.
+        tile = TILE // 2 if g.group > 1 and way == "backward" else TILE
+        return min(rows, tile // b), b, False
     if rows * cols <= largest:
         return rows, cols, True
     if g.affine == "row":

@@ -142,8 +142,8 @@ class Case:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.norm.name} {shape} {self.layout} {dtype} {self.mode}"
 
-    def tensor(self) -> Tensor:
-        x = torch.randn(self.shape, dtype=self.dtype)
+    def tensor(self, device: str = "cpu") -> Tensor:
+        x = torch.randn(self.shape, dtype=self.dtype, device=device)
         if self.layout == "channels_last":
             last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
             x = x.contiguous(memory_format=last)

@@ -22,26 +22,27 @@ Step = Callable[[], object]
 
 def steps(case: Case, compiled: bool) -> dict[str, Step]:
     """The contestants of a case: the floor, torch twice (the noise of the run), normkit."""
-    torch.manual_seed(0)
-    x, dy = case.tensor(), case.tensor()
-    second = case.tensor() if case.norm.second else None
-    theirs = case.norm.torch_layer(case.shape).to(case.dtype)
-    ours = case.norm.normkit_layer(case.shape).to(case.dtype)
-    if case.mode == "evaluation":
-        theirs.eval()
-        ours.eval()
+    x, dy, second = tensors(case)
     norm = case.norm
+    theirs = norm.torch_layer(case.shape)
     found = {
         "floor": _floor(case, x, dy),
-        "torch": _step(case, theirs, norm.torch_call, x, second, dy),
-        "torch again": _step(case, theirs, norm.torch_call, x, second, dy),
-        "normkit": _step(case, ours, norm.normkit_call, x, second, dy),
+        "torch": step(case, theirs, norm.torch_call, x, second, dy),
+        "torch again": step(case, theirs, norm.torch_call, x, second, dy),
+        "normkit": step(case, norm.normkit_layer(case.shape), norm.normkit_call, x, second, dy),
     }
     if compiled:
         torch._dynamo.reset()
         call = torch.compile(norm.torch_call, fullgraph=True, dynamic=False)
-        found["compile"] = _step(case, theirs, call, x, second, dy)
+        found["compile"] = step(case, theirs, call, x, second, dy)
     return found
+
+
+def tensors(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, the gradient of y, and the residual or `add` where the norm takes one."""
+    torch.manual_seed(0)
+    x, dy = case.tensor(device), case.tensor(device)
+    return x, dy, case.tensor(device) if case.norm.second else None
 
 
 def _floor(case: Case, x: Tensor, dy: Tensor) -> Step:
@@ -50,7 +51,7 @@ def _floor(case: Case, x: Tensor, dy: Tensor) -> Step:
     return lambda: x.clone()
 
 
-def _step(
+def step(
     case: Case,
     layer: nn.Module,
     call: Callable[..., Any],
@@ -58,7 +59,10 @@ def _step(
     second: Tensor | None,
     dy: Tensor,
 ) -> Step:
-    if case.mode != "forward+backward":
+    """What is timed of a case: a forward without gradients, a backward alone, or both."""
+    layer = layer.to(x.device, case.dtype)
+    layer.train(case.mode != "evaluation")
+    if case.mode in ("evaluation", "training"):
         inputs = (x,) if second is None else (x, second)
 
         def forward() -> object:
@@ -70,31 +74,39 @@ def _step(
     leaves = (leaf,) if second is None else (leaf, second.detach().requires_grad_())
     wanted = [*leaves, *layer.parameters()]
 
-    def both() -> object:
-        y = call(layer, *leaves)
-        if isinstance(y, tuple):
-            return torch.autograd.grad(y, wanted, (dy, dy))
-        return torch.autograd.grad(y, wanted, dy)
+    def backward(y: Any, again: bool = False) -> object:
+        return torch.autograd.grad(
+            y, wanted, (dy, dy) if isinstance(y, tuple) else dy, retain_graph=again
+        )
 
-    return both
+    if case.mode == "backward":
+        kept = call(layer, *leaves)
+        return lambda: backward(kept, again=True)
+    return lambda: backward(call(layer, *leaves))
 
 
 def measure(
-    found: dict[str, Step], seconds: float = 1.0, least: int = 7, most: int = 101
+    found: dict[str, Step],
+    seconds: float = 1.0,
+    least: int = 7,
+    most: int = 101,
+    timed: Callable[[Step, int], float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each contestant, round by round; a round times each of them once.
 
     Odd rounds run in reverse order. A round repeats a short call until it takes half a millisecond.
+    `timed(step, repeats)`, by default by the wall clock, gives the seconds of one of the calls.
     """
+    timed = timed or _timed
     repeats = {}
-    for name, step in found.items():
-        step()
-        repeats[name] = max(1, round(5e-4 / _timed(step, 3)))
+    for name, run in found.items():
+        run()
+        repeats[name] = max(1, round(5e-4 / timed(run, 3)))
     times: dict[str, list[float]] = {name: [] for name in found}
     start = time.perf_counter()
     for i in range(most):
         for name in list(found) if i % 2 else reversed(found):
-            times[name].append(_timed(found[name], repeats[name]))
+            times[name].append(timed(found[name], repeats[name]))
         if i + 1 >= least and time.perf_counter() - start > seconds:
             break
     return times

@@ -51,6 +51,41 @@ def _resnet18(norm: Make, fused: Make | None = None) -> nn.Module:
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
 
+class _Bottleneck(nn.Module):
+    """ResNet's bottleneck block."""
+
+    def __init__(self, inside: int, width: int, stride: int, norm: Make):
+        super().__init__()
+        outside = 4 * width
+        self.body = nn.Sequential(
+            *(nn.Conv2d(inside, width, 1, bias=False), norm(width), nn.ReLU(True)),
+            *(nn.Conv2d(width, width, 3, stride, 1, bias=False), norm(width), nn.ReLU(True)),
+            *(nn.Conv2d(width, outside, 1, bias=False), norm(outside)),
+        )
+        self.short = (
+            nn.Identity()
+            if stride == 1 and inside == outside
+            else nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), norm(outside))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.short(x))
+
+
+def resnet50(
+    norm: Make = nn.BatchNorm2d, depths: tuple[int, int, int, int] = (3, 4, 6, 3)
+) -> nn.Module:
+    """ResNet-50 (arXiv 1512.03385), 1000 classes; other depths make other ResNets."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), norm(64), nn.ReLU(True)]
+    layers.append(nn.MaxPool2d(3, 2, 1))
+    inside = 64
+    for width, depth, stride in zip((64, 128, 256, 512), depths, (1, 2, 2, 2), strict=True):
+        for i in range(depth):
+            layers.append(_Bottleneck(inside, width, stride if i == 0 else 1, norm))
+            inside = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
+
+
 class _ConvNeXtBlock(nn.Module):
     def __init__(self, width: int, norm: Make):
         super().__init__()

@@ -6,6 +6,7 @@ to the largest, unless the caption says otherwise.
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,10 +129,11 @@ def panels(
     x: Axis = STEPS,
     y: Axis = ACCURACY,
 ) -> Figure:
-    """Return panels side by side with one vertical axis; equal labels share a legend's entry."""
+    """Return panels side by side, their axes alike; equal labels share a legend's entry."""
     traces: list[dict[str, Any]] = []
     layout: dict[str, Any] = {"yaxis": _axis(y), "annotations": [], "names": "below"}
     named: set[str] = set()
+    across = [v for _, drawn in shown for line in drawn if line is not None for v in line.x]
     for place, (heading, drawn) in enumerate(shown):
         suffix = "" if place == 0 else str(place + 1)
         present = [line for line in drawn if line is not None]
@@ -144,12 +146,66 @@ def panels(
                 traces.append(trace)
         left, right = _domain(place, len(shown))
         layout[f"xaxis{suffix}"] = {
-            **_axis(x, [v for line in present for v in line.x], most=3 if len(shown) > 2 else 6),
+            **_axis(x, across, most=3 if len(shown) > 2 else 6),
             "domain": [left, right],
             "nticks": 5,
         }
         layout["annotations"].append(_heading(heading, left))
     return Figure(name, title, caption, alt, traces, layout)
+
+
+def grid(
+    name: str,
+    title: str,
+    caption: str,
+    alt: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Sequence[Sequence[Sequence[Line]]],
+    x: Axis = STEPS,
+    y: Axis = ACCURACY,
+) -> Figure:
+    """Return small multiples: a panel for every row and column, one vertical axis to a row.
+
+    Lines of a cell after the first give their bands alone.
+    """
+    traces: list[dict[str, Any]] = []
+    layout: dict[str, Any] = {"annotations": [], "names": "none", "height": 90 + 180 * len(rows)}
+    headings = []
+    for r, of_row in enumerate(cells):
+        bottom, top = _domain(len(rows) - 1 - r, len(rows), 0.06)
+        what, _, side = rows[r].rpartition(", ")
+        named = "<br>".join([*textwrap.wrap(what, 22), side])
+        for c, drawn in enumerate(of_row):
+            place = r * len(columns) + c
+            suffix = "" if place == 0 else str(place + 1)
+            first = f"y{r * len(columns) + 1}" if r else "y"
+            left, right = _domain(c, len(columns), 0.02)
+            under = r == len(rows) - 1
+            layout[f"xaxis{suffix}"] = {
+                **_axis(x),
+                "domain": [left, right],
+                "anchor": f"y{suffix}",
+                "nticks": 4,
+                "showticklabels": under,
+                "title": {"text": x.title if under else ""},
+            }
+            layout[f"yaxis{suffix}"] = {
+                **_axis(y),
+                "domain": [bottom, top],
+                "anchor": f"x{suffix}",
+                "showticklabels": c == 0,
+                "nticks": 5,
+                "title": {"text": "" if c else named},
+                **({"matches": first} if c else {}),
+            }
+            layout["annotations"].append(_heading("" if r else columns[c], left, top + 0.01))
+            headings.append(f"{columns[c]} · {rows[r]}")
+            for line in drawn:
+                for trace in _traces(line, x, y):
+                    if line is drawn[0] or trace["meta"] == "band":
+                        traces.append(trace | {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"})
+    return Figure(name, title, caption, alt, traces, layout | {"headings": headings})
 
 
 def intervals(
@@ -159,9 +215,9 @@ def intervals(
     alt: str,
     rows: Sequence[Interval],
     x: Axis,
-    level: float | None = None,
+    level: float | Sequence[float] | None = None,
 ) -> Figure:
-    """Return a dot with its interval for each row, one below the other; `level` is a vertical line.
+    """Return a dot with its interval for each row, one below the other; `level`: vertical lines.
 
     An infinite end of an interval is drawn at the end of the finite ones.
     """
@@ -201,8 +257,9 @@ def intervals(
                 "meta": "dot",
             }
         )
+    levels = [] if level is None else [level] if isinstance(level, float) else [*level]
     layout: dict[str, Any] = {
-        "xaxis": _axis(x, finite),
+        "xaxis": _axis(x, [*finite, *levels]),
         "yaxis": {
             "autorange": "reversed",
             "type": "category",
@@ -211,23 +268,26 @@ def intervals(
             "ticks": "",
         },
         "names": "none",
-        "shapes": [],
         "annotations": [],
         "height": 110 + 34 * len(rows),
     }
-    if level is not None:
-        layout["shapes"] = [
-            {
-                "type": "line",
-                "yref": "paper",
-                "y0": 0,
-                "y1": 1,
-                "x0": level,
-                "x1": level,
-                "line": {"color": "@muted", "width": 1, "dash": "dot"},
-                "layer": "below",
-            }
-        ]
+    if levels and not x.log:
+        low, high = min(low, *levels), max(high, *levels)
+        edge = 0.04 * ((high - low) or 1.0)
+        layout["xaxis"]["range"] = [low - edge, high + edge]
+    layout["shapes"] = [
+        {
+            "type": "line",
+            "yref": "paper",
+            "y0": 0,
+            "y1": 1,
+            "x0": place,
+            "x1": place,
+            "line": {"color": "@muted", "width": 1, "dash": "dot"},
+            "layer": "below",
+        }
+        for place in levels
+    ]
     return Figure(name, title, caption, alt, traces, layout)
 
 
@@ -408,12 +468,12 @@ def _domain(place: int, count: int, gap: float = 0.04) -> tuple[float, float]:
     return left, left + width
 
 
-def _heading(text: str, left: float) -> dict[str, Any]:
+def _heading(text: str, left: float, bottom: float = 1.02) -> dict[str, Any]:
     return {
         "xref": "paper",
         "yref": "paper",
         "x": left,
-        "y": 1.02,
+        "y": bottom,
         "xanchor": "left",
         "yanchor": "bottom",
         "showarrow": False,

@@ -59,6 +59,15 @@ def paired(
     return [measure(run) - base[run.seed] for run in ours if run.seed in base]
 
 
+def exponential(logs: Estimate) -> Estimate:
+    """Return the estimate of a ratio from that of its logarithm."""
+    return Estimate(_exp(logs.median), _exp(logs.low), _exp(logs.high), logs.n)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
 def count(value: float) -> str:
     """Return a number of steps in words."""
     return "never" if math.isinf(value) else f"{value:,.0f}"
@@ -79,9 +88,15 @@ def times(value: float) -> str:
     return f"{math.exp(value):.2f}"
 
 
+def duration(seconds: float) -> str:
+    """Return a time in minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 def interval(effect: Estimate, show: Callable[[float], str]) -> str:
     """Return the interval of an estimate in words, or its range where it has none."""
-    what = "range" if effect.is_range else "95 %:"
+    what = "range" if effect.is_range else "95\N{NO-BREAK SPACE}%:"
     return f"{what} {show(effect.low)} to {show(effect.high)}"
 
 

@@ -37,7 +37,7 @@ REPARAMETRIZATIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 """What normalizes weights rather than features: of every layer but the last."""
 _GROUPS = 8
-_LAST_ACTIVATION = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU)
+_ACTIVATION_LAYERS = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU)
 
 
 def norm_factory(arm: Arm) -> NormFactory | None:
@@ -109,10 +109,13 @@ def check(data: Data, arms: Sequence[tuple[Arm, Config]]) -> None:
 
 def last_hidden(model: nn.Module) -> nn.Module:
     """Return the module whose input is followed: the last activation, else the last layer."""
-    activations: list[nn.Module] = [
-        module for module in model.modules() if isinstance(module, _LAST_ACTIVATION)
-    ]
-    return (activations or list(layers(model).values()) or [model])[-1]
+    found = list(activations(model).values()) or list(layers(model).values())
+    return (found or [model])[-1]
+
+
+def activations(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the activations by name, in order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _ACTIVATION_LAYERS)}
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -22,11 +22,19 @@ header { max-width: 780px; }
 h1 { margin: 0 0 12px; font-size: 34px; line-height: 1.2; font-weight: 650;
   letter-spacing: -.015em; }
 h2, h3 { margin: 0 0 14px; font-size: 21px; line-height: 1.3; font-weight: 620; }
-nav { margin-top: 40px; }
+nav.overview { margin-top: 40px; }
+nav.jump { position: sticky; top: 0; z-index: 2; background: var(--page); overflow-x: auto;
+  border-bottom: 1px solid var(--line); font-size: 14.5px; white-space: nowrap; }
+nav.jump ul { display: flex; gap: 20px; max-width: 1080px; margin: 0 auto; padding: 10px 32px;
+  list-style: none; }
+nav.jump a { text-decoration: none; color: var(--muted); }
+nav.jump a:hover, nav.jump a:focus { color: var(--ink); text-decoration: underline; }
+.study, #overview { scroll-margin-top: 48px; }
 a { color: inherit; }
 .study > header h2 { font-size: 28px; line-height: 1.25; }
 .study { margin-top: 96px; padding-top: 40px; border-top: 1px solid var(--line); }
-.overview td:nth-child(2) { min-width: 150px; } .overview td:nth-child(4) { min-width: 320px; }
+table.overview td:nth-child(2) { min-width: 150px; }
+table.overview td:nth-child(4) { min-width: 320px; }
 .overview td.holds, .overview td.reversed { border-color: var(--line); }
 .overview .word { float: none; font-weight: 600; white-space: nowrap; }
 .source { margin: 0; color: var(--muted); font-size: 15px; }
@@ -71,6 +79,15 @@ pre { margin: 0 0 20px; padding: 16px 20px; background: var(--soft); border-radi
   h1 { font-size: 26px; } .study > header h2 { font-size: 23px; }
   section { margin-top: 44px; }
   dl { grid-template-columns: 1fr; gap: 2px; } dd { margin-bottom: 12px; }
+  nav.jump ul { padding: 10px 18px; }
+  table.overview, table.overview tbody { display: block; }
+  table.overview thead { position: absolute; clip-path: inset(50%); }
+  table.overview tr { display: grid; grid-template-columns: 1fr auto; gap: 4px 12px;
+    padding: 12px 0; border-bottom: 1px solid var(--line); }
+  table.overview th, table.overview td { padding: 0; border: 0; min-width: 0; }
+  table.overview td:nth-child(2) { grid-area: 2 / 1; }
+  table.overview td:nth-child(3) { grid-area: 1 / 2; }
+  table.overview td:nth-child(4) { grid-area: 3 / 1 / auto / span 2; min-width: 0; }
 }
 @media print { .button { display: none; } }
 """
@@ -94,6 +111,8 @@ const palettes = {
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const narrow = window.matchMedia("(max-width: 640px)");
 
+const strokes = {solid: "—", dash: "--", dot: "··"};
+
 function coloured(value, palette) {
   if (typeof value === "string" && value.startsWith("@")) {
     const name = value.slice(1);
@@ -113,7 +132,7 @@ function endLabels(traces, height, range, place) {
   const [low, high] = range;
   const gap = 19 / height * (high - low);
   const ends = lines.map((trace) => ({
-    text: trace.name, color: trace.line.color,
+    text: trace.name, color: trace.line.color, dash: trace.line.dash,
     y: trace.y.filter(Number.isFinite).map(place).pop(),
   })).filter((end) => Number.isFinite(end.y)).sort((a, b) => a.y - b.y);
   if (!ends.length) return [];
@@ -121,25 +140,41 @@ function endLabels(traces, height, range, place) {
   for (let i = 1; i < places.length; i++) places[i] = Math.max(places[i], places[i - 1] + gap);
   places[places.length - 1] = Math.min(places[places.length - 1], high);
   for (let i = places.length - 2; i >= 0; i--) places[i] = Math.min(places[i], places[i + 1] - gap);
+  const dashed = lines.some((trace) => trace.line.dash !== "solid");
   return ends.map((end, i) => ({
     xref: "paper", x: 1.012, xanchor: "left", y: places[i], yanchor: "middle", showarrow: false,
-    text: end.text, font: {color: end.color, size: 13},
+    text: dashed ? `${strokes[end.dash]} ${end.text}` : end.text,
+    font: {color: end.color, size: 13},
   }));
 }
 
+// A title too long for a phone goes on in a second line.
+function wrapped(text) {
+  const at = text.length > 34 ? text.lastIndexOf(" ", 34) : -1;
+  return at < 0 ? text : text.slice(0, at) + "<br>" + text.slice(at + 1);
+}
+
 // Panels that stand side by side on a wide screen are put one below the other on a narrow one.
-function stacked(traces, layout) {
+function stacked(traces, layout, headings) {
   const panels = Object.keys(layout).filter((key) => key.startsWith("xaxis")).sort(
     (a, b) => (Number(a.slice(5)) || 1) - (Number(b.slice(5)) || 1));
   if (panels.length < 2) return 1;
-  const share = 1 / panels.length, y = layout.yaxis;
+  const share = 1 / panels.length, y = layout.yaxis, shown = headings ? .82 : .68;
   panels.forEach((key, i) => {
     const suffix = key.slice(5), top = 1 - i * share;
     layout[key] = {...layout[key], domain: [0, 1], anchor: "y" + suffix};
     layout["yaxis" + suffix] = {
-      ...y, domain: [top - .68 * share, top - .08 * share], ...(i ? {matches: "y"} : {}),
+      ...(layout["yaxis" + suffix] || {...y, matches: "y"}),
+      domain: [top - shown * share, top - .08 * share], showticklabels: true,
     };
     Object.assign(layout.annotations[i], {x: 0, y: top - .07 * share});
+    if (headings) {
+      layout["yaxis" + suffix].title = {text: ""};
+      const last = i === panels.length - 1;
+      Object.assign(layout[key], {showticklabels: last, ...(last ? {} : {title: {text: ""}})});
+      Object.assign(layout.annotations[i], {text: `<b>${headings[i]}</b>`});
+      layout.annotations[i].font.size = 12;
+    }
     for (const trace of traces) if (trace.xaxis === "x" + suffix) trace.yaxis = "y" + suffix;
   });
   return panels.length;
@@ -154,8 +189,8 @@ function draw() {
   return Promise.all(payload.figures.map((figure) => {
     const element = document.getElementById("plot-" + figure.name);
     const traces = coloured(figure.traces, palette);
-    const {names, ...layout} = coloured(figure.layout, palette);
-    const panels = narrow.matches ? stacked(traces, layout) : 1;
+    const {names, headings, ...layout} = coloured(figure.layout, palette);
+    const panels = narrow.matches ? stacked(traces, layout, headings) : 1;
     const ends = names === "ends" && !narrow.matches;
     const legend = names === "below" || (names === "ends" && narrow.matches);
     const axis = {
@@ -164,12 +199,16 @@ function draw() {
     };
     for (const key of Object.keys(layout)) {
       if (/^[xy]axis/.test(key)) layout[key] = {...axis, ...layout[key]};
+      if (/^xaxis/.test(key) && narrow.matches && layout[key].title) {
+        layout[key].title = {text: wrapped(layout[key].title.text)};
+      }
     }
     const entries = traces.filter((t) => t.meta === "line" && t.showlegend !== false).length;
     const rows = legend ? Math.ceil(entries / (narrow.matches ? 2 : 4)) : 0;
     const bottom = (legend ? 68 : 56) + 24 * rows;
     const margin = {l: 56, r: ends ? 205 : 14, t: 30, b: bottom};
-    const height = (layout.height || (panels > 1 ? 300 * panels : 420)) + 24 * rows;
+    const tall = panels > 1 && (headings ? 150 : 300) * panels;
+    const height = (tall || layout.height || 420) + 24 * rows;
     element.style.height = height + "px";
     if (ends) {
       const log = layout.yaxis.type === "log";

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from normkit.lab.arms import GRID_SEED, Arm
 from normkit.lab.batches import Batches
 from normkit.lab.config import Config
 from normkit.lab.data import Data, load_data, scaled
+from normkit.lab.engine import Engine, engine_for
 from normkit.lab.errors import LabError
+from normkit.lab.measures import duration
 from normkit.lab.models import build, check
 from normkit.lab.probe import Probe, look
-from normkit.lab.progress import Progress, duration
+from normkit.lab.progress import Progress
 from normkit.lab.report import Section, page
 from normkit.lab.run import done
 from normkit.lab.store import Store, write_file
@@ -63,16 +66,27 @@ def run_all(
     Raises:
         LabError: input that can't be used; no study applies; a budget too small for any of them.
     """
-    started = time.monotonic()
     if given.arms is not None:
         raise LabError("--arms names arms of one study; give the study's name instead of all")
+    with closing(engine_for(given.resolved("all"))) as engine:
+        return _run_all(studies, given, budget, progress, engine)
+
+
+def _run_all(
+    studies: Mapping[str, Study],
+    given: Config,
+    budget: float | None,
+    progress: Progress,
+    engine: Engine,
+) -> list[Section]:
+    started = time.monotonic()
     folder = Path(str(given.resolved("all").out))
     skipped: dict[str, str] = {}
     planned: list[Planned] = []
     for name, study in studies.items():
         own = dataclasses.replace(given, out=str(folder / name))
         try:
-            planned.append(Planned(study, own, _needed(study, own)))
+            planned.append(Planned(study, own, _needed(study, own, engine)))
         except NotApplicable as error:
             skipped[name] = str(error)
     if not planned:
@@ -99,7 +113,7 @@ def run_all(
             )
             continue
         progress.study(plan.study.name)
-        sections.append(done(plan.study, plan.given, progress))
+        sections.append(done(plan.study, plan.given, progress, engine))
         # After each one, so that a run that is stopped leaves a report of what it did.
         ordered = sorted(sections, key=lambda s: list(studies).index(s.study.name))
         write_file(folder / "report.html", page(ordered, skipped))
@@ -109,7 +123,7 @@ def run_all(
     return ordered
 
 
-def _needed(study: Study, given: Config) -> float:
+def _needed(study: Study, given: Config, engine: Engine) -> float:
     """Return about how long what is missing of a study will take, from a few timed steps."""
     config = given.resolved(study.name, study.length)
     data = load_data(config)
@@ -132,7 +146,7 @@ def _needed(study: Study, given: Config) -> float:
             # The arms that will move to another rate aren't known yet: as many again.
             total += grid * run + missing * (run + probe)
             stages = max(stages, 2 * int(grid > 0))
-    return total / int(config.jobs or 1) + stages * _START_SECONDS
+    return total / engine.width + stages * _START_SECONDS if total else 0.0
 
 
 def _ended(folder: Path) -> set[tuple[str, int]]:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from normkit.lab.measures import duration
 from normkit.lab.study import Findings
 from normkit.lab.train import Report, Task
-from normkit.lab.verdict import Verdict
+from normkit.lab.verdict import TOO_FEW, Verdict
 
 _LINE_SECONDS = 5.0
 
@@ -84,12 +85,6 @@ def _said(task: Task, report: Report) -> str:
     return text
 
 
-def duration(seconds: float) -> str:
-    """Return a time in minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 class _Words:
     """What is said in a terminal and elsewhere alike."""
 
@@ -122,7 +117,7 @@ class _Words:
         console.print(table)
         for name, reason in skipped.items():
             console.print(f"{name}: {reason}", markup=False)
-        console.print(f"\nReport: {report}", markup=False, soft_wrap=True)
+        _print_end(console, [verdict for _, verdict in verdicts], report)
 
     def result(self, findings: Findings, report: str) -> None:
         """Print the table and the verdicts."""
@@ -287,4 +282,10 @@ def _print_findings(findings: Findings, report: str) -> None:
     for verdict in findings.verdicts:
         console.print(f"[bold]{verdict.claim}: {verdict.word}.[/bold] ", end="")
         console.print(verdict.because, markup=False)
+    _print_end(console, findings.verdicts, report)
+
+
+def _print_end(console: Any, verdicts: Sequence[Verdict], report: str) -> None:
+    if any(verdict.word == "range only" for verdict in verdicts):
+        console.print(f"\n{TOO_FEW}", markup=False)
     console.print(f"\nReport: {report}", markup=False, soft_wrap=True)

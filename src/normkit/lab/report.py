@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from normkit.lab.arms import Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data
+from normkit.lab.measures import duration
 from normkit.lab.page import SCRIPT, STYLE
 from normkit.lab.store import Run
 from normkit.lab.study import Figure, Findings, Study
@@ -24,7 +25,10 @@ _MOST_CSV_BYTES = 2_000_000
 
 @dataclass(frozen=True)
 class Section:
-    """One study that was done: what a report says of it. `seconds` is what this call took."""
+    """One study that was done: what a report says of it.
+
+    `seconds` is the wall-clock time that training took, measurements and probes included.
+    """
 
     study: Study
     config: Config
@@ -60,7 +64,10 @@ def page(sections: Sequence[Section], skipped: Mapping[str, str] | None = None) 
             f'<article id="{s.study.name}" class="study">{_study(s, "h2")}</article>'
             for s in sections
         )
-        body = f"""<header>
+        names = ["overview", *(s.study.name for s in sections)]
+        links = "".join(f'<li><a href="#{name}">{name}</a></li>' for name in names)
+        jump = f'<nav class="jump" aria-label="Studies"><ul>{links}</ul></nav>'
+        body = f"""<header id="overview">
 {kicker}
 <h1>What normalization does here</h1>
 <p class="source">{len(sections)} published claims, each tested on this data and network.</p>
@@ -68,6 +75,7 @@ def page(sections: Sequence[Section], skipped: Mapping[str, str] | None = None) 
 {_overview(sections, skipped or {})}
 {articles}"""
     else:
+        jump = ""
         body = f"{kicker}{_study(first, 'h1')}"
     return f"""<!doctype html>
 <html lang="en">
@@ -80,6 +88,7 @@ def page(sections: Sequence[Section], skipped: Mapping[str, str] | None = None) 
 <style>{STYLE}</style>
 </head>
 <body>
+{jump}
 <main>
 {body}
 </main>
@@ -94,38 +103,51 @@ def page(sections: Sequence[Section], skipped: Mapping[str, str] | None = None) 
 def _overview(sections: Sequence[Section], skipped: Mapping[str, str]) -> str:
     """Return the table of all claims and verdicts, which is the way into the page as well."""
     rows = "".join(
-        f'<tr><th scope="row"><a href="#{s.study.name}">{s.study.name}</a></th>'
-        f"<td>{html.escape(v.claim)}</td>{_word_cell(v.word)}<td>{html.escape(v.because)}</td></tr>"
+        _overview_row(f'<a href="#{s.study.name}">{s.study.name}</a>', v.claim, v.word, v.because)
         for s in sections
         for v in s.findings.verdicts
     )
-    left = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>not done</td>{_word_cell("skipped")}'
-        f"<td>{html.escape(reason)}</td></tr>"
+    rows += "".join(
+        _overview_row(html.escape(name), "not done", "skipped", reason)
         for name, reason in skipped.items()
     )
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Study", "Claim", "Verdict", "Why"))
+    head = "".join(
+        f'<th scope="col" role="columnheader">{name}</th>'
+        for name in ("Study", "Claim", "Verdict", "Why")
+    )
     return (
-        '<nav aria-label="Claims and verdicts"><div class="scroll" tabindex="0" role="region" '
-        'aria-label="Table of claims and verdicts"><table class="overview">'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}{left}</tbody></table></div></nav>"
+        '<nav class="overview" aria-label="Claims and verdicts"><div class="scroll" tabindex="0" '
+        'role="region" aria-label="Table of claims and verdicts"><table class="overview" '
+        f'role="table"><thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<tbody role="rowgroup">{rows}</tbody></table></div></nav>'
     )
 
 
-def _word_cell(word: str) -> str:
+def _overview_row(study: str, claim: str, word: str, because: str) -> str:
+    # The roles are spelled out, for a phone's style takes the table apart.
     kind = word.replace(" ", "-")
-    return f'<td class="{kind}"><span class="word">{html.escape(word)}</span></td>'
+    return (
+        f'<tr role="row"><th scope="row" role="rowheader">{study}</th>'
+        f'<td role="cell">{html.escape(claim)}</td>'
+        f'<td role="cell" class="{kind}"><span class="word">{html.escape(word)}</span></td>'
+        f'<td role="cell">{html.escape(because)}</td></tr>'
+    )
 
 
 def _study(section: Section, heading: str) -> str:
     study, findings = section.study, section.findings
     command = shlex.join(section.config.command(study.name))
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in findings.notes)
+    published = (
+        f'<p class="source">Published: {html.escape(study.published)}</p>\n'
+        if study.published
+        else ""
+    )
     figures = "".join(_figure(study, figure) for figure in findings.figures)
     return f"""<header>
 <{heading}>{html.escape(study.claim)}</{heading}>
 <p class="source">{html.escape(study.source)}</p>
-</header>
+{published}</header>
 <section class="verdicts" aria-label="Verdicts">{_verdicts(findings)}</section>
 {figures}
 <section>
@@ -242,6 +264,11 @@ def _method(section: Section) -> str:
             f"{config.batch_size}, {config.steps:,} steps, measured every {config.eval_every}; "
             f"{config.seeds} seeds; {len(section.runs)} runs of {len(section.arms)} arms; on "
             f"{config.device}, {config.threads} thread{'s' * (config.threads > 1)} a run. {rates}",
+        ),
+        (
+            "Time",
+            f"{duration(section.seconds)} by the clock, {config.jobs or 'several'} run"
+            f"{'s' * (config.jobs != 1)} at a time, measurements and probes included.",
         ),
         ("Versions", made),
     ]

@@ -3,13 +3,16 @@
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from normkit.lab import engine
 from normkit.lab.arms import GRID_SEED, Arm
 from normkit.lab.config import Config
 from normkit.lab.data import Data, load_data
+from normkit.lab.engine import Engine, engine_for
+from normkit.lab.events import Events
 from normkit.lab.models import check
 from normkit.lab.progress import Progress
 from normkit.lab.report import Section, page
@@ -17,7 +20,7 @@ from normkit.lab.store import Run, Store, write_file
 from normkit.lab.study import Evidence, Findings, Study
 from normkit.lab.train import Task
 from normkit.lab.user import fingerprint
-from normkit.lab.verdict import smoothed
+from normkit.lab.verdict import FEWEST, TOO_FEW, smoothed
 
 
 def run_study(study: Study, given: Config, progress: Progress) -> Findings:
@@ -26,19 +29,19 @@ def run_study(study: Study, given: Config, progress: Progress) -> Findings:
     `given` is not resolved. Raises LabError for input that can't be used; what was trained up to
     then is kept, and the same call goes on from there.
     """
-    section = done(study, given, progress)
+    with closing(engine_for(given.resolved(study.name, study.length))) as engine:
+        section = done(study, given, progress, engine)
     path = Path(str(section.config.out)) / "report.html"
     write_file(path, page([section]))
     progress.result(section.findings, str(path))
     return section.findings
 
 
-def done(study: Study, given: Config, progress: Progress) -> Section:
+def done(study: Study, given: Config, progress: Progress, engine: Engine) -> Section:
     """Train what is missing of `study` in its folder and judge it: one section of a report.
 
     Raises NotApplicable where the study can't be done with this data and model.
     """
-    started = time.monotonic()
     config = given.resolved(study.name, study.length)
     data = load_data(config)
     arms = study.chosen(study.arms(config, data), config.arms)
@@ -52,7 +55,7 @@ def done(study: Study, given: Config, progress: Progress) -> Section:
         identity["model_sha256"] = fingerprint(config.model, "model")
     store = Store(Path(str(config.out)), identity)
     try:
-        trainer = _Trainer(study, given, data, store, progress)
+        trainer = _Trainer(study, given, data, store, progress, engine)
         seeds = range(config.seeds)
         factors = {}
         if study.tuned:
@@ -67,6 +70,8 @@ def done(study: Study, given: Config, progress: Progress) -> Section:
             for name, factor in factors.items()
         }
         findings = study.judge(Evidence(config, arms, runs, tuned, factors))
+        if config.seeds < FEWEST:
+            findings = replace(findings, notes=[TOO_FEW, *findings.notes])
         ended = [run for run in store.runs() if run.id in trainer.numbers]
         return Section(
             study,
@@ -76,7 +81,7 @@ def done(study: Study, given: Config, progress: Progress) -> Section:
             ended,
             findings,
             store.versions(),
-            time.monotonic() - started,
+            store.spend(),
         )
     finally:
         store.close()
@@ -86,14 +91,23 @@ class _Trainer:
     """Trains runs that the store doesn't hold yet."""
 
     def __init__(
-        self, study: Study, given: Config, data: Data, store: Store, progress: Progress
+        self,
+        study: Study,
+        given: Config,
+        data: Data,
+        store: Store,
+        progress: Progress,
+        engine: Engine,
     ) -> None:
         self.study = study
         self.given = given
         self.data = data
         self.store = store
         self.progress = progress
+        self.engine = engine
         self.numbers: set[int] = set()
+        folder = Path(str(given.resolved(study.name).out)) / "tensorboard"
+        self.events = Events(folder) if given.tensorboard else None
 
     def train(self, wanted: Iterable[tuple[Arm, int]]) -> dict[str, list[Run]]:
         """Return the ended runs of the wanted arms and seeds, by arm name."""
@@ -103,6 +117,8 @@ class _Trainer:
         for arm, seed in wanted:
             config = arm.applied(given, study.name, study.length)
             run, checkpoint = self.store.add(arm, seed, config.identity())
+            if self.events:
+                self.events.begin(run)
             numbers.add(run.id)
             if run.status == "running":
                 # The runs of the grid only choose a rate: nobody looks into them.
@@ -111,22 +127,33 @@ class _Trainer:
         self.numbers |= numbers
         by_run = {task.run: task for task in tasks}
         if tasks:
-            jobs = int(given.resolved(study.name).jobs or 1)
             self.progress.begin(tasks, len(numbers) - len(tasks))
-            reports = engine.run(tasks, self.data, jobs)
+            started = time.monotonic()
+            reports = self.engine.run(tasks, self.data, self._again)
             try:
                 for report in reports:
                     self.store.write(report)
+                    if self.events:
+                        self.events.write(report)
                     self.progress.update(by_run[report.run], report)
             finally:
                 # Ends the workers, also when the store or the display raised.
                 reports.close()
+                self.store.spend(time.monotonic() - started)
+                if self.events:
+                    self.events.close()
                 self.progress.end()
         by_arm: dict[str, list[Run]] = {}
         for run in self.store.runs():
             if run.id in numbers:
                 by_arm.setdefault(run.arm, []).append(run)
         return by_arm
+
+    def _again(self, task: Task) -> Task:
+        run, checkpoint = self.store.add(task.arm, task.seed, task.config.identity())
+        if self.events:
+            self.events.again(run)
+        return replace(task, checkpoint=checkpoint)
 
 
 def best_factor(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from normkit.lab.arms import Arm
+from normkit.lab.config import Config
 from normkit.lab.errors import LabError
 from normkit.lab.train import Report
 
@@ -77,7 +78,7 @@ class Store:
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder
-        with _disk_errors(folder):
+        with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             # "a" and no writing: the lock file of a folder in use stays as it is.
             self._lock = open(folder / ".lock", "a")  # noqa: SIM115
@@ -89,7 +90,7 @@ class Store:
                     f"--out {folder} is in use by another process; wait until it ends, "
                     "or give another folder with --out"
                 ) from None
-            with _disk_errors(folder):
+            with disk_errors(folder):
                 self._database = sqlite3.connect(folder / self.FILE, isolation_level=None)
                 self._database.execute("pragma journal_mode = wal")
                 self._database.execute("pragma synchronous = normal")
@@ -104,7 +105,7 @@ class Store:
         """Open a folder that has results, whatever they are of; raises LabError if it has none."""
         if not (folder / cls.FILE).is_file():
             raise LabError(f"{folder} holds no {cls.FILE}; run a study there first")
-        with _disk_errors(folder):
+        with disk_errors(folder):
             database = sqlite3.connect(folder / cls.FILE)
             row = database.execute("select value from meta where key = 'identity'").fetchone()
             database.close()
@@ -123,7 +124,9 @@ class Store:
                 (json.dumps(identity), json.dumps(versions())),
             )
             return
-        held = json.loads(row[0])
+        # An option that is newer than the folder had its default when the results were made.
+        defaults = Config().identity()
+        held, identity = defaults | json.loads(row[0]), defaults | identity
         differing = [
             f"{key} is {held.get(key)!r} there and {identity.get(key)!r} now"
             for key in sorted(held.keys() | identity.keys())
@@ -224,6 +227,17 @@ class Store:
                 json.loads(found[0]) if found else {},
             )
 
+    def spend(self, seconds: float = 0.0) -> float:
+        """Add to the wall-clock time that training took in this folder; return the whole."""
+        total = "select cast(value as real) from meta where key = 'seconds'"
+        with self._transaction() as database:
+            database.execute(
+                "insert into meta values ('seconds', ?1) "
+                "on conflict (key) do update set value = cast(value as real) + ?1",
+                (seconds,),
+            )
+            return float(database.execute(total).fetchone()[0])
+
     def versions(self) -> list[dict[str, str]]:
         """Return the distinct sets of versions that made the runs."""
         rows = self._database.execute("select distinct versions from run").fetchall()
@@ -236,7 +250,7 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             self._database.execute("begin immediate")
             try:
                 yield self._database
@@ -256,7 +270,7 @@ def versions() -> dict[str, str]:
 def write_file(path: Path, text: str) -> None:
     """Write a file whole or not at all; raises LabError where the disk refuses."""
     part = path.with_name(path.name + ".part")
-    with _disk_errors(path.parent):
+    with disk_errors(path.parent):
         try:
             part.write_text(text, "utf-8")
             os.replace(part, path)
@@ -266,7 +280,8 @@ def write_file(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Raise LabError, with the remedies, where the disk refuses."""
     try:
         yield
     except (OSError, sqlite3.DatabaseError) as error:

@@ -1,5 +1,6 @@
 """What a study is: a claim, its source, its arms, what is measured, and the rule of its verdict."""
 
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +72,8 @@ class Study:
     `Run.found`. What they change in the model, the optimizer or the random state is put back.
     `tuned` says that every arm is run at its own rate and, once more, at the best of `grid` times
     it.
-    `length` is how long it trains by default, as a share of the network's default.
+    `length` is how long it trains by default, as a share of the network's default. `published` says
+    in a sentence what the source found, to read beside the verdicts.
     """
 
     name: str
@@ -85,23 +87,27 @@ class Study:
     tuned: bool = False
     grid: tuple[float, ...] = GRID
     length: float = 1.0
+    published: str = ""
 
     def chosen(self, arms: Sequence[Arm], names: str | None) -> list[Arm]:
         """Return the arms of the comma-separated names, or all; the baseline is the first arm.
 
-        Raises LabError for an unknown arm, or when the baseline isn't among them.
+        A name may be a pattern as in a shell: "*-2". Raises LabError for one that no arm has, or
+        when the baseline isn't among them.
         """
         if names is None:
             return list(arms)
-        known = {arm.name: arm for arm in arms}
+        known = [arm.name for arm in arms]
         wanted = [name.strip() for name in names.split(",") if name.strip()]
-        for name in wanted:
-            if name not in known:
-                raise unknown("arm", name, known)
-        baseline = arms[0].name
-        if baseline not in wanted:
+        found = {pattern: fnmatch.filter(known, pattern) for pattern in wanted}
+        for pattern, matching in found.items():
+            if not matching:
+                raise unknown("arm", pattern, known)
+        chosen = {name for matching in found.values() for name in matching}
+        baseline = known[0]
+        if baseline not in chosen:
             raise LabError(
                 f"--arms {names!r} leaves out {baseline!r}, which the others are compared with; "
                 f"add it: --arms {','.join([baseline, *wanted])}"
             )
-        return [arm for arm in arms if arm.name in wanted]
+        return [arm for arm in arms if arm.name in chosen]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normkit.lab import ranks
 from normkit.lab.arms import Arm
 from normkit.lab.batches import Batches
 from normkit.lab.config import Config
@@ -70,16 +71,18 @@ def train(task: Task, data: Data) -> Iterator[Report]:
     accuracy (fractions), and the 15/50/85th percentiles of the first unit's input to the last
     activation over the validation samples. The study's probe adds its numbers at `probes` of
     those steps. Sets torch's global seed. The same task gives bitwise the same numbers, whether or
-    not it starts from one of its checkpoints.
+    not it starts from one of its checkpoints. Under torchrun all ranks call it at once, and what
+    rank 0's yields counts.
     """
     config, arm = task.config, task.arm
     assert config.steps is not None
     assert config.eval_every is not None
     seed = task.seed + (_OTHER_SEEDS if arm.other_seeds else 0)
     data = scaled(data, config.inputs)
-    model = build(config, data, arm, seed)
+    model = ranks.synced(build(config, data, arm, seed), config.stats)
     optimizer = make_optimizer(model, config, arm.rate)
-    torch.manual_seed(seed)
+    trained = ranks.parallel(model)
+    ranks.seed(seed)
     step = 0
     if task.checkpoint is not None:
         step = _restore(task.checkpoint, model, optimizer)
@@ -88,6 +91,11 @@ def train(task: Task, data: Data) -> Iterator[Report]:
 
     def here() -> Probe:
         return Probe(model, optimizer, batches, step, data, config, arm, task.seed)
+
+    if trained is not model:
+        # DDP orders the gradients anew after its first backward, and in another order sums over
+        # three ranks and more round differently: a resumed run would differ in its first step.
+        look(lambda at: ranks.loss(trained, *batches[step]).backward(), here())
 
     evaluations = -(-config.steps // config.eval_every)
     probed = {-(-evaluations * part // task.probes) for part in range(1, task.probes + 1)}
@@ -98,24 +106,24 @@ def train(task: Task, data: Data) -> Iterator[Report]:
     while step < config.steps:
         until = min(config.steps, step - step % config.eval_every + config.eval_every)
         started = time.perf_counter()
-        losses = advance(model, optimizer, batches, step, until)
-        mean_loss = float(torch.stack(losses).mean())
+        losses = advance(trained, optimizer, batches, step, until)
+        mean_loss = float(ranks.mean(torch.stack(losses).mean()))
         seconds += time.perf_counter() - started
         step = until
         rows[step] = {"train_loss": mean_loss, **measure(model, data.validation)}
         diverged = not all(
             abs(rows[step][name]) < float("inf") for name in ("train_loss", "validation_loss")
         )
-        if diverged:
+        if ranks.sent(diverged):
             yield Report(task.run, step, rows, seconds, "diverged")
             return
         if task.probe is not None and -(-step // config.eval_every) in probed:
-            rows[step] |= look(task.probe, here())
+            with ranks.alike():
+                rows[step] |= look(task.probe, here())
         now = time.perf_counter()
         checkpoint = None
-        if step < config.steps and now - saved > max(
-            _CHECKPOINT_SECONDS, saving / _CHECKPOINT_SHARE
-        ):
+        due = now - saved > max(_CHECKPOINT_SECONDS, saving / _CHECKPOINT_SHARE)
+        if step < config.steps and ranks.sent(due):
             checkpoint = _save(model, optimizer, step)
             saved = time.perf_counter()
             saving = saved - now
@@ -123,20 +131,24 @@ def train(task: Task, data: Data) -> Iterator[Report]:
             yield Report(task.run, step, rows, seconds, checkpoint=checkpoint)
             rows, seconds, reported = {}, 0.0, now
     accuracy = score(model, data.test)[1]
-    found = look(task.finish, here()) if task.finish is not None else None
+    with ranks.alike():
+        found = look(task.finish, here()) if task.finish is not None else None
     yield Report(task.run, step, rows, seconds, "finished", accuracy, found=found)
 
 
 def advance(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: "Batches", step: int, until: int
 ) -> list[Tensor]:
-    """Take the steps from `step` to `until`; return their losses, not yet waited for."""
+    """Take the steps from `step` to `until`; return their losses, not yet waited for.
+
+    In DDP the model takes its rank's share of each batch.
+    """
     model.train()
     losses = []
     for number in range(step, until):
         x, y = batches[number]
         optimizer.zero_grad(set_to_none=True)
-        loss = nn.functional.cross_entropy(model(x), y)
+        loss = ranks.loss(model, x, y)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -202,8 +214,10 @@ def _save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> byte
         "step": step,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "device_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "rng": ranks.gathered(torch.get_rng_state()),
+        "device_rng": ranks.gathered(torch.cuda.get_rng_state())
+        if torch.cuda.is_initialized()
+        else None,
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -214,7 +228,7 @@ def _restore(checkpoint: bytes, model: nn.Module, optimizer: torch.optim.Optimiz
     state = torch.load(io.BytesIO(checkpoint), weights_only=True, map_location="cpu")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
+    torch.set_rng_state(ranks.own(state["rng"]))
     if state["device_rng"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["device_rng"])
+        torch.cuda.set_rng_state(ranks.own(state["device_rng"]))
     return int(state["step"])

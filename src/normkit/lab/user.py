@@ -5,8 +5,9 @@ import importlib
 import inspect
 import os
 import sys
+import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,27 @@ def their_traceback(error: BaseException, doing: str) -> str:
         part.stack = traceback.StackSummary.from_list(theirs)
         part = part.__cause__ or part.__context__
     return f"{doing} failed:\n" + "".join(summary.format()).rstrip()
+
+
+def sources(references: Iterable[str]) -> list[str]:
+    """Return the files and folders of the modules that the references name, and of those beside.
+
+    They must have been loaded. A module beside is one that was imported from the same folder;
+    installed packages are left out.
+    """
+    installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib", "stdlib")}
+    tops = [name for name in sys.modules if "." not in name and name not in ("__main__", "normkit")]
+    places = {name: place for name in tops if (place := _place(sys.modules[name])) is not None}
+    named = {name.partition(":")[0].partition(".")[0] for name in references}
+    roots = {places[name].parent for name in named & places.keys()}
+    return sorted({str(p) for p in places.values() if p.parent in roots - installed})
+
+
+def _place(module: Any) -> Path | None:
+    """Return a package's folder or a module's file, None for what has neither."""
+    package = list(getattr(module, "__path__", ()))
+    place = package[0] if package else getattr(module, "__file__", None)
+    return Path(place).resolve() if place else None
 
 
 def fingerprint(reference: str, kind: str) -> str:

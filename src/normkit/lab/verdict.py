@@ -23,6 +23,10 @@ from scipy import stats  # type: ignore[import-untyped]
 
 CONFIDENCE = 0.95
 FEWEST = 6
+TOO_FEW = (
+    f"Fewer than {FEWEST} seeds give ranges, no intervals and no verdict: give --seeds {FEWEST} or "
+    "more, what is trained is kept."
+)
 WINDOW = 5
 """Evaluations in the trailing mean that smooths an accuracy curve; fewer at its start."""
 TARGET_SHARE = 0.98
@@ -47,12 +51,19 @@ class Estimate:
 class Verdict:
     """One claim's outcome in a word, and the sentence with the numbers that decide it.
 
-    `word` is "holds", "reversed", "inconclusive" or "range only".
+    `word` is "holds", "reversed", "inconclusive", "range only", or, where a claim says that an
+    effect is large, "little difference".
     """
 
     claim: str
     word: str
     because: str
+
+
+def headline(verdicts: Sequence[Verdict]) -> str:
+    """Return the verdicts in one line."""
+    said = [f"{verdict.claim.lower()}: {verdict.word}" for verdict in verdicts]
+    return "; ".join(said) or "no comparison was run"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -103,6 +114,18 @@ def negligible(effect: Estimate, margin: float) -> str:
     return "inconclusive"
 
 
+def matters(effect: Estimate, margin: float) -> str:
+    """Return the verdict on an effect that the claim says is positive and not small.
+
+    "holds" when its whole interval lies above `margin`, "reversed" when it lies below `-margin`,
+    "little difference" when it lies between, "range only" for fewer than six pairs, else
+    "inconclusive".
+    """
+    if negligible(effect, margin) == "holds":
+        return "little difference"
+    return word(effect, margin)
+
+
 def all_of(words: Sequence[str]) -> str:
     """Return the verdict on a claim of several parts: the word that all of them have.
 
@@ -111,6 +134,19 @@ def all_of(words: Sequence[str]) -> str:
     if "range only" in words:
         return "range only"
     return words[0] if len(set(words)) == 1 else "inconclusive"
+
+
+def any_of(words: Sequence[str]) -> str:
+    """Return the verdict on a claim for which one of several effects is enough, by `matters`.
+
+    "holds" or "reversed" where some are and none is the other; "little difference" where all are.
+    """
+    if "range only" in words:
+        return "range only"
+    decided = {word for word in words if word in ("holds", "reversed")}
+    if len(decided) == 1:
+        return decided.pop()
+    return "little difference" if set(words) == {"little difference"} else "inconclusive"
 
 
 def seeds_to_settle(values: Sequence[float], margin: float = 0.0) -> int | None:
@@ -129,9 +165,23 @@ def seeds_to_settle(values: Sequence[float], margin: float = 0.0) -> int | None:
     return int(enough[0]) if len(enough) else None
 
 
+def seeds_to_place(values: Sequence[float], margin: float) -> int | None:
+    """Return how many seeds would tell an effect's side of `margin` and of its negative alike.
+
+    That is what `matters` and `negligible` ask. Supposes as `seeds_to_settle` does.
+    """
+    found = [seeds_to_settle([value - edge for value in values]) for edge in (margin, -margin)]
+    known = [n for n in found if n is not None]
+    return max(known) if len(known) == len(found) else None
+
+
 def settled_by(values: Sequence[float], margin: float = 0.0) -> str:
     """Return `seeds_to_settle` as the end of an inconclusive verdict's sentence."""
-    n = seeds_to_settle(values, margin)
+    return settling(seeds_to_settle(values, margin))
+
+
+def settling(n: int | None) -> str:
+    """Return a number of seeds that would settle it as the end of a verdict's sentence."""
     if n is None:
         return " Effects like these would not be settled by 1,000 seeds."
     return f" If further seeds fall like these, about {n} would settle it."

@@ -56,10 +56,10 @@ from normkit.lab.measures import (
     times,
 )
 from normkit.lab.models import build, layers
-from normkit.lab.probe import Probe
+from normkit.lab.probe import Probe, hessian
 from normkit.lab.store import Run
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import Verdict, all_of, compare, estimate, settled_by, word
+from normkit.lab.verdict import Verdict, all_of, compare, estimate, headline, settled_by, word
 
 ARMS = (
     Arm("standardized", "standardized", options={"inputs": "standardized"}),
@@ -124,24 +124,17 @@ def unevenness(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> float:
     but changes neither the largest nor the mean. Holds three vectors besides the gradient. 1 for a
     Hessian of zeros.
 
-    Source: Pearlmutter 1994 for Hessian-vector products; Ghorbani, Krishnan & Xiao 2019 (arXiv
-    1901.10159) for the quadrature. The inverse over n is the intrinsic dimension of |H| (Tropp
-    2015, arXiv 1501.01571).
+    Source: Ghorbani, Krishnan & Xiao 2019 (arXiv 1901.10159) for the quadrature. The inverse over
+    n is the intrinsic dimension of |H| (Tropp 2015, arXiv 1501.01571).
     """
     weights = [p for p in model.parameters() if p.requires_grad]
-    loss = nn.functional.cross_entropy(model(x), y)
-    gradient = torch.autograd.grad(loss, weights, create_graph=True)
-    flat = torch.cat([part.flatten() for part in gradient])
-
-    def product(vector: Tensor) -> Tensor:
-        found = torch.autograd.grad(flat, weights, vector, retain_graph=True)
-        return torch.cat([part.flatten() for part in found])
-
+    product = hessian(nn.functional.cross_entropy(model(x), y), weights)
+    size = sum(weight.numel() for weight in weights)
     generator = torch.Generator().manual_seed(seed)
     largest, means = 0.0, []
     for _ in range(_LANCZOS_STARTS):
-        signs = 2.0 * torch.randint(0, 2, (len(flat),), generator=generator) - 1.0
-        values, shares = lanczos(product, signs.to(flat), _LANCZOS_STEPS)
+        signs = 2.0 * torch.randint(0, 2, (size,), generator=generator) - 1.0
+        values, shares = lanczos(product, signs.to(weights[0]), _LANCZOS_STEPS)
         largest = max(largest, float(np.abs(values).max()))
         means.append(float(np.abs(values) @ shares))
     mean = float(np.mean(means))
@@ -252,8 +245,7 @@ def judge(evidence: Evidence) -> Findings:
         ]
     where = "here all features come in one range" if one_range else "on this data"
     return Findings(
-        headline="; ".join(f"{v.claim.lower()}: {v.word}" for v in verdicts)
-        or "no comparison was run",
+        headline=headline(verdicts),
         verdicts=verdicts,
         columns=[
             "Inputs",
@@ -282,6 +274,8 @@ STUDY = Study(
     finish=finish,
     tuned=True,
     grid=GRID,
+    published="Convergence is usually faster with inputs of mean 0 and equal variance: the "
+    "Hessian's eigenvalues spread less, and one rate suits more of them. No numbers.",
 )
 
 _ONE_RANGE = " All features come in one range here: raw inputs differ by one shift and one scale."
@@ -423,10 +417,6 @@ def _notes(
     ends = [arm.label for arm in ARMS if evidence.factors.get(arm.name) in (GRID[0], GRID[-1])]
     if ends:
         notes.append(f"The best rate is at the grid's end for: {', '.join(ends)}.")
-    if n < 6:
-        notes.append(
-            f"Only {n} paired seeds: ranges, no intervals and no verdict. Give --seeds 6 or more."
-        )
     return notes
 
 

@@ -202,6 +202,9 @@ STUDY = Study(
     probe=probe,
     finish=finish,
     length=1 / 3,
+    published="At test time moving averages stand for the batch's statistics (Ioffe & Szegedy); "
+    "statistics of 1,000 to 10,000 samples beat the moving average, and the best validation error "
+    "is at normalization batches of 32 to 128 (Wu & Johnson).",
 )
 
 

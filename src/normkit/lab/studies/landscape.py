@@ -46,6 +46,7 @@ from normkit.lab.figures import ACCURACY, Axis, Interval, Line, intervals, lines
 from normkit.lab.measures import (
     VALIDATION,
     arrivals,
+    exponential,
     paired,
     percent,
     points,
@@ -59,7 +60,7 @@ from normkit.lab.models import build, layers
 from normkit.lab.probe import Probe, untouched
 from normkit.lab.store import Run
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import Estimate, Verdict, all_of, estimate, settled_by, word
+from normkit.lab.verdict import Estimate, Verdict, all_of, estimate, headline, settled_by, word
 
 ARMS = (
     Arm("none", "no norm"),
@@ -251,8 +252,7 @@ def judge(evidence: Evidence) -> Findings:
     if {"batch", "detached"} <= runs.keys():
         verdicts.append(_detached(config, runs, tuned, reached, target))
     return Findings(
-        headline="; ".join(f"{v.claim.lower()}: {v.word}" for v in verdicts)
-        or "no comparison was run",
+        headline=headline(verdicts),
         verdicts=verdicts,
         columns=[
             "Arm",
@@ -283,6 +283,9 @@ STUDY = Study(
     probe=probe,
     probes=50,
     tuned=True,
+    published="With batch norm the range of the loss, that of the gradient and effective beta are "
+    "smaller and steadier along the step; internal covariate shift is not; with noise behind the "
+    "norms VGG trains nearly as well.",
 )
 
 
@@ -408,7 +411,7 @@ def _power(value: float) -> str:
 
 def _notes(config: Config, evidence: Evidence) -> list[str]:
     n = len(evidence.runs["none"])
-    notes = [
+    return [
         f"All arms at the rate {config.lr:g}, at which the network without norm is tuned, and each "
         "at the best of a grid; the surface is compared at the one rate, since the probes look "
         "farther at a larger one. Training is compared at the best rates.",
@@ -423,11 +426,6 @@ def _notes(config: Config, evidence: Evidence) -> list[str]:
         f"Medians with their exact 95 % interval (the sign test's) over {n} seeds, paired: same "
         "initial weights, same batches.",
     ]
-    if n < 6:
-        notes.append(
-            f"Only {n} paired seeds: ranges, no intervals and no verdict. Give --seeds 6 or more."
-        )
-    return notes
 
 
 def _figures(
@@ -509,8 +507,7 @@ def _figures(
 def _ratios(runs: Mapping[str, Sequence[Run]], n: int) -> Figure:
     rows, words = [], []
     for curve, name in ROUGHNESS.items():
-        logs = estimate(smoothing(runs["batch"], runs["none"], curve))
-        effect = Estimate(_exp(logs.median), _exp(logs.low), _exp(logs.high), logs.n)
+        effect = exponential(estimate(smoothing(runs["batch"], runs["none"], curve)))
         rows.append(Interval(name, COLOURS["batch"], effect))
         words.append(f"{name} {effect.median:.2f} ({effect.low:.2f} to {effect.high:.2f})")
     return intervals(
@@ -523,10 +520,6 @@ def _ratios(runs: Mapping[str, Sequence[Run]], n: int) -> Figure:
         x=Axis("no norm ÷ batch norm", log=True),
         level=1.0,
     )
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
 
 
 def _along(arm: Arm, runs: Sequence[Run]) -> Line | None:

@@ -173,6 +173,9 @@ STUDY = Study(
     finish=finish,
     tuned=True,
     length=0.2,
+    published="ResNet-50's ImageNet accuracy at 32 images a worker: switchable norm 76.9, batch "
+    "norm 76.4, group norm 75.9 % (Luo). CIFAR-10 error: no norm 8.43, weight norm 8.46, batch "
+    "norm 8.05 % (Salimans & Kingma).",
 )
 
 

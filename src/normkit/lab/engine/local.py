@@ -1,4 +1,4 @@
-"""Run tasks and yield what they report: in this process, or in several on this machine."""
+"""Runs in this process, or in several on this machine."""
 
 import signal
 from collections.abc import Generator, Sequence
@@ -11,19 +11,26 @@ from torch import multiprocessing
 
 from normkit.lab.config import Config
 from normkit.lab.data import Data, load_data
-from normkit.lab.errors import LabError, UserCodeError
-from normkit.lab.train import Report, Task, train
-from normkit.lab.user import their_traceback
+from normkit.lab.engine import Again
+from normkit.lab.engine.work import work
+from normkit.lab.errors import LabError
+from normkit.lab.train import Report, Task
 
 
-def run(tasks: Sequence[Task], data: Data, jobs: int) -> Generator[Report]:
-    """Train all tasks, up to `jobs` at a time, and yield their reports as they come.
+class Local:
+    """Trains up to `width` runs at a time; a process that dies ends the study, with its name."""
 
-    Raises LabError when a worker dies, UserCodeError when the user's model raises.
-    """
-    if jobs == 1 or len(tasks) == 1:
-        return _here(tasks, data)
-    return _workers(tasks, data, min(jobs, len(tasks)))
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def run(self, tasks: Sequence[Task], data: Data, again: Again) -> Generator[Report]:
+        """Train all tasks and yield their reports; nothing is tried again."""
+        if self.width == 1 or len(tasks) == 1:
+            return _here(tasks, data)
+        return _workers(tasks, data, min(self.width, len(tasks)))
+
+    def close(self) -> None:
+        """Nothing is left open between two calls of `run`."""
 
 
 def _here(tasks: Sequence[Task], data: Data) -> Generator[Report]:
@@ -31,11 +38,7 @@ def _here(tasks: Sequence[Task], data: Data) -> Generator[Report]:
     threads = torch.get_num_threads()
     try:
         for task in tasks:
-            torch.set_num_threads(task.config.threads)
-            try:
-                yield from train(task, data)
-            except Exception as error:
-                raise _failure(task, error) from None
+            yield from work(task, data)
     finally:
         torch.set_rng_state(state)
         torch.set_num_threads(threads)
@@ -105,25 +108,14 @@ def _work(pipe: Connection, config: Config, fingerprint: str) -> None:
             return
         while (task := pipe.recv()) is not None:
             try:
-                for report in train(task, data):
+                for report in work(task, data):
                     pipe.send(report)
-            except (BrokenPipeError, ConnectionResetError):
-                return
-            except Exception as error:
-                pipe.send(_failure(task, error))
+            except LabError as error:
+                pipe.send(error)
                 return
     except (EOFError, BrokenPipeError, ConnectionResetError):
         # The parent is gone: what it had written is all that there is to keep.
         return
-
-
-def _failure(task: Task, error: Exception) -> Exception:
-    if isinstance(error, LabError):
-        return error
-    what = f"training {task.arm.label}, seed {task.seed}"
-    if ":" in task.config.model:
-        return UserCodeError(their_traceback(error, what))
-    return LabError(f"{what} failed with {type(error).__name__}: {error}")
 
 
 def _exit(process: BaseProcess) -> str:

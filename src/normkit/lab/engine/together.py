@@ -1,0 +1,59 @@
+"""One run at a time, trained by all ranks of torchrun: rank 0 leads, the others follow."""
+
+import sys
+from collections.abc import Generator, Sequence
+
+from normkit.lab import ranks
+from normkit.lab.data import Data
+from normkit.lab.engine import Again
+from normkit.lab.engine.work import work
+from normkit.lab.errors import LabError
+from normkit.lab.train import Report, Task
+
+
+class Together:
+    """Rank 0's part: it sends the data and every task to the others and trains along.
+
+    A rank that dies ends them all; torchrun starts them again if told to (`--max-restarts`).
+    """
+
+    width = 1
+
+    def run(self, tasks: Sequence[Task], data: Data, again: Again) -> Generator[Report]:
+        """Train all tasks and yield their reports."""
+        ranks.meet()
+        ranks.sent(data)
+        for task in tasks:
+            ranks.sent(task)
+            yield from work(task, data)
+
+    def close(self) -> None:
+        """Nothing: the others learn of the end from `dismiss`, or from this process's exit."""
+
+
+def dismiss() -> None:
+    """Let the others end, where there are any and all went well."""
+    if ranks.size() > 1:
+        ranks.meet()
+        ranks.sent(None)
+
+
+def follow() -> int:
+    """Train along with rank 0 until it is done, and return the exit status."""
+    try:
+        ranks.meet()
+        while (message := ranks.sent(None)) is not None:
+            if isinstance(message, Data):
+                data = message
+            else:
+                for _ in work(message, data):
+                    pass
+    except LabError as error:
+        print(f"normkit: error on rank {ranks.rank()}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except RuntimeError:
+        # Rank 0 is gone, and has said why.
+        return 1
+    return 0

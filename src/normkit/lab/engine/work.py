@@ -1,0 +1,24 @@
+"""The part of every engine that runs where the training is."""
+
+from collections.abc import Iterator
+
+import torch
+
+from normkit.lab.data import Data
+from normkit.lab.errors import LabError, UserCodeError
+from normkit.lab.train import Report, Task, train
+from normkit.lab.user import their_traceback
+
+
+def work(task: Task, data: Data) -> Iterator[Report]:
+    """Train `task` on its number of threads; what goes wrong is a LabError that names the run."""
+    torch.set_num_threads(task.config.threads)
+    try:
+        yield from train(task, data)
+    except LabError:
+        raise
+    except Exception as error:
+        what = f"training {task.arm.label}, seed {task.seed}"
+        if ":" in task.config.model:
+            raise UserCodeError(their_traceback(error, what)) from None
+        raise LabError(f"{what} failed with {type(error).__name__}: {error}") from None

@@ -1,0 +1,188 @@
+"""Studies on a real Ray cluster of two nodes, with nodes and drivers killed in the middle."""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from folders import curves
+from two_nodes import ENVIRONMENT
+
+pytest.importorskip("ray")
+
+LONG = ("--steps", 2500, "--eval-every", 50, "--seeds", 2, "--arms", "none,batch", "--json")
+MODULES = {
+    "mine.py": "import parts\n\ndef net(norm):\n    return parts.network(norm)\n",
+    # Where the modules lie is on the driver's path alone: elsewhere they can only be shipped.
+    "parts.py": "import os\nfrom torch import nn\n\ndef network(norm):\n"
+    "    assert 'DRIVER' in os.environ or 'py_modules_files' in __file__\n"
+    "    hidden = [nn.Linear(64, 32), *([norm(32)] if norm else []), nn.Tanh()]\n"
+    "    return nn.Sequential(nn.Flatten(), *hidden, nn.Dropout(0.1), nn.Linear(32, 10))\n",
+}
+
+
+class Study:
+    """`normkit study speed` in a folder, on the cluster or here."""
+
+    def __init__(self, folder, address, raylet):
+        self.folder, self.address, self.raylet = folder, address, raylet
+        self.on_ray = ("--engine", "ray", "--ray-address", address)
+        (folder / "modules").mkdir()
+        for name, text in MODULES.items():
+            (folder / "modules" / name).write_text(text)
+
+    def start(self, *words, program=("-m", "normkit")):
+        path = os.pathsep.join([str(self.folder / "modules"), os.environ.get("PYTHONPATH", "")])
+        return subprocess.Popen(
+            [sys.executable, *program, "study", "speed", *map(str, words)],
+            cwd=self.folder,
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path, "DRIVER": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def end(self, *words, **kwargs):
+        process = self.start(*words, **kwargs)
+        stdout, stderr = process.communicate(timeout=120)
+        return process.returncode, stdout, stderr
+
+    def wait_for_checkpoints(self, process, out, count):
+        path = self.folder / out / "results.sqlite"
+        while True:
+            assert process.poll() is None, process.communicate()
+            if checkpoints(path) >= count:
+                return
+            time.sleep(0.02)
+
+
+def checkpoints(path):
+    try:
+        database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        found = database.execute("select count(*) from run where checkpoint is not null")
+        count = found.fetchone()[0]
+        database.close()
+    except sqlite3.OperationalError:
+        return 0
+    return count
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    nodes = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("two_nodes.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    address, raylet = nodes.stdout.readline().split()
+    try:
+        yield Study(tmp_path_factory.mktemp("ray"), address, int(raylet))
+    finally:
+        nodes.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def unbroken(study):
+    """The curves of the local engine."""
+    code, _, stderr = study.end(*LONG, "--model", "mine:net", "--out", "local")
+    assert code == 0, stderr
+    return curves(study.folder / "local")
+
+
+def test_a_killed_driver_goes_on_and_ends_with_the_curves_of_the_local_engine(study, unbroken):
+    words = (*LONG, "--model", "mine:net", *study.on_ray, "--out", "driver")
+    process = study.start(*words)
+    study.wait_for_checkpoints(process, "driver", 2)
+    process.kill()
+    process.communicate()
+    code, stdout, stderr = study.end(*words)
+    assert (code, stderr) == (0, "")
+    assert json.loads(stdout.splitlines()[0])["runs"] == 4
+    assert curves(study.folder / "driver") == unbroken
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [("ray", "is a cluster of another version"), ("torch", "torch 2.13.0+cpu there and 9 here")],
+)
+def test_other_versions_are_refused(version, said, study):
+    import torch
+
+    driver = {
+        "ray": "import ray; ray.__version__ = '2.9.9'",
+        "torch": "import normkit.lab.engine.cluster as c, normkit.lab.store as s; "
+        "c.versions = lambda: {**s.versions(), 'torch': '9'}",
+    }
+    program = ("-c", f"{driver[version]}; import normkit.cli, sys; sys.exit(normkit.cli.main())")
+    out = f"other-{version}"
+    code, _, stderr = study.end(
+        "--steps", 20, "--seeds", 1, *study.on_ray, "--out", out, program=program
+    )
+    assert code == 1
+    assert said.replace("2.13.0+cpu", torch.__version__) in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_model_that_kills_its_worker_is_given_up_and_named(study):
+    (study.folder / "modules/deadly.py").write_text(
+        "import mine, os, signal\n\ndef net(norm):\n"
+        "    if 'DRIVER' not in os.environ:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return mine.net(norm)\n"
+    )
+    code, _, stderr = study.end(
+        "--steps", 20, "--seeds", 1, "--arms", "none", "--model", "deadly:net", *study.on_ray
+    )
+    assert code == 1
+    assert stderr.count("no norm, seed 0 was lost (WorkerCrashedError)") == 2
+    assert "was lost 3 times without a checkpoint in between" in stderr
+
+
+def test_an_address_without_a_cluster_is_refused_within_seconds(study):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nowhere = f"127.0.0.1:{free.getsockname()[1]}"
+        words = ("--engine", "ray", "--steps", 20, "--out", "nowhere", "--ray-address")
+        code, _, stderr = study.end(*words, nowhere)
+        assert code == 1
+        assert f"no Ray cluster can be reached at {nowhere}" in stderr
+        free.listen()
+        code, _, stderr = study.end(*words, nowhere)
+        assert code == 1
+        assert f"--ray-address {nowhere}: Failed to connect to Ray cluster" in stderr
+    code, _, stderr = study.end(*words, "ray://127.0.0.1:10001")
+    assert code == 1
+    assert "'ray://127.0.0.1:10001' is not host:port" in stderr
+
+
+# The last one: it takes a node from the cluster.
+def test_a_killed_node_loses_nothing_and_nothing_is_twice(study, unbroken):
+    words = (*LONG, "--model", "mine:net", *study.on_ray, "--out", "node")
+    process = study.start(*words)
+    study.wait_for_checkpoints(process, "node", 2)
+    raylet = psutil.Process(study.raylet)
+    for part in [raylet, *raylet.children(recursive=True)]:
+        os.kill(part.pid, signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert stderr.count("was lost") == 1
+    assert "goes on elsewhere from its last checkpoint" in stderr
+    assert [json.loads(line)["event"] for line in stdout.splitlines()][-1] == "result"
+    assert curves(study.folder / "node") == unbroken
+    database = sqlite3.connect(study.folder / "node/results.sqlite")
+    assert database.execute("select count(*), count(distinct arm || seed) from run").fetchone() == (
+        4,
+        4,
+    )
+    # Training time too counts once: what was done after the checkpoint and lost is taken off.
+    spent = database.execute("select max(seconds) / min(seconds) from run group by arm").fetchall()
+    assert all(ratio < 100 for (ratio,) in spent)
+    database.close()
