@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench bench-gpu bench-sync sanitize chromium clean
+.PHONY: demo test check bench bench-engines bench-gpu bench-sync sanitize chromium clean
 
 demo: .venv/ready
 	$(BIN)/normkit study speed --out runs/demo
@@ -20,9 +20,15 @@ bench: .venv/ready
 	$(BIN)/normkit bench --out benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/render.py
 
-# On a machine with an NVIDIA GPU, with its own Python, torch and triton: conformance, then the table.
+# Some minutes alone on the machine: a study's runs on a Ray cluster against local processes.
+bench-engines: .venv/ready
+	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/render.py --no-picture
+
+# On a machine with an NVIDIA GPU, with its own Python, torch and triton: conformance, ResNet-50, the
+# table. ARGS="--stages table --only bfloat16 --seconds 540" makes it part by part.
 bench-gpu:
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu.json
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu.json $(ARGS)
 
 # Two processes on gloo, two minutes alone on the machine.
 bench-sync: .venv/ready

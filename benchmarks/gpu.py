@@ -337,7 +337,7 @@ def facts(device: str) -> dict[str, Any]:
         gpu = torch.cuda.get_device_properties(0)
         found |= {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}"}
         found |= {"multiprocessors": gpu.multi_processor_count, "memory": gpu.total_memory}
-        found |= {"L2": gpu.L2_cache_size, "cuda": torch.version.cuda}
+        found |= {"L2": getattr(gpu, "L2_cache_size", None), "cuda": torch.version.cuda}
         found["cudnn"] = torch.backends.cudnn.version()
         shown = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],

@@ -102,7 +102,10 @@ def make(text: str, **more: Any) -> nn.Module:
 
 
 def call(layer: nn.Module) -> tuple[Spec, Inputs]:
-    """What the layer hands to a backend, for an input of the first rank that it takes."""
+    """What the layer hands to a backend by itself, for an input of the first rank that it takes."""
+    if isinstance(layer, normkit.BatchNorm):
+        layer = copy.deepcopy(layer)
+        layer.merge = None
     for rank in (3, 4, 5):
         with torch.no_grad(), backend.watch() as calls:
             try:
@@ -147,11 +150,14 @@ def source(layer: nn.Module) -> str:
         return "running"
     outputs = []
     for mean in (0.0, 1.0):
-        copied = copy.deepcopy(layer)
+        copied: Any = copy.deepcopy(layer)
+        copied.merge = None
         values = {"running_mean": mean, "running_var": 1.0, "num_batches_tracked": 10**6}
         for name, buffer in copied.named_buffers():
             buffer.fill_(values[name])
         outputs.append(copied(inputs.x))
+    if isinstance(layer, normkit.SyncBatchNorm):
+        return "batches of all ranks"
     return "batch" if torch.equal(*outputs) else "batch, corrected towards running"
 
 

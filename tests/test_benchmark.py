@@ -32,6 +32,12 @@ def test_every_figure_is_the_committed_results():
     }
 
 
+def test_the_page_on_scale_has_the_committed_results():
+    result = json.loads((ROOT / "benchmarks/results/engines.json").read_text())
+    page = (ROOT / "docs/scale.md").read_text()
+    assert render().scale(result, page) == page
+
+
 def test_the_table_of_ranks_is_the_committed_result():
     result = json.loads((ROOT / "benchmarks/results/sync.json").read_text())
     page = (ROOT / "docs/sync.md").read_text()

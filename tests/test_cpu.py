@@ -1,5 +1,6 @@
 """The C++ core: the same bits however it runs, on every instruction set; safe on any call."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 
 import normkit
 from normkit import backend
-from normkit.backend import cpu
+from normkit.backend import cpu, reference
+from normkit.pool import BATCH
+from normkit.spec import Inputs, Spec
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 
@@ -253,12 +256,79 @@ def test_no_call_is_out_of_bounds(data):
         assert y.dtype == x.dtype
         assert y.isfinite().all()
     dy, output = data.draw(tensors(like)), data.draw(same)
+    backward = (dy, x, weight, bias, residual, output, masked, mean, rstd)
+    pools = st.one_of(st.none(), tensors((tuple(mean.shape), torch.float64)))
     done = called(
         torch.ops.normkit.normalize_backward,
-        *(dy, x, weight, bias, residual, output, masked, mean, rstd, data.draw(same)),
+        *(*backward, data.draw(pools), data.draw(pools), data.draw(same)),
         *(*constants, data.draw(st.booleans()), data.draw(st.booleans())),
     )
     assert done is None or done[0].shape == x.shape
+    done = called(torch.ops.normkit.sums, *backward, *constants)
+    assert done is None or tuple(done.shape) == (2, channels)
+    done = called(torch.ops.normkit.moments, x, masked, *constants)
+    assert done is None or (len(done) == 3 and done.isfinite().all())
+
+
+SPLIT = [
+    (shape, layout, act, masked)
+    for shape, layout in (
+        ((5, 3, 61, 59), "contiguous"),
+        ((9, 70, 7, 7), "contiguous"),
+        ((9, 70, 17, 7), "channels_last"),
+        ((65, 33, 5), "contiguous"),
+        ((700, 100), "contiguous"),
+        ((0, 4, 3), "contiguous"),
+    )
+    for act, masked in ((None, False), ("relu", False), ("silu", True))
+]
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("shape", "layout", "act", "masked"), SPLIT)
+def test_the_split_verbs_are_the_fused_ones_to_the_bit_and_the_definition(
+    shape, layout, act, masked, dtype, threads
+):
+    """moments and normalize, sums and gradient: normalize and normalize_backward in two steps."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(2)
+    x, dy, residual = ((torch.randn(shape) * 3 + 5).to(dtype) for _ in range(3))
+    if layout == "channels_last":
+        x, dy, residual = (
+            t.contiguous(memory_format=torch.channels_last) for t in (x, dy, residual)
+        )
+    weight, bias = (torch.randn(shape[1]) for _ in range(2))
+    mask = torch.rand(shape) < 0.7 if masked else None
+    spec = Spec(BATCH, 1e-5, True, act)
+    given = dataclasses.replace(spec, given=True)
+    inputs = Inputs(x, weight, bias, residual, mask)
+    y, mean, rstd, _ = cpu.normalize(spec, inputs)
+    n, *merged = cpu.moments(spec, inputs)
+    again, *statistics = cpu.normalize(given, inputs._replace(mean=merged[0], var=merged[1]))
+    assert torch.equal(again, y)
+    assert torch.equal(statistics[0], mean)
+    assert torch.equal(statistics[1], rstd)
+    saved = inputs._replace(mean=mean, rstd=rstd)
+    fused = cpu.normalize_backward(spec, saved, dy)
+    sums, *parameters = cpu.sums(given, saved, dy)
+    split = cpu.gradient(given, saved, dy, sums / n.clamp(min=1))
+    # A channel of short runs is summed before it is weighted here, after it there.
+    rounding = 1e-12 if dtype == torch.float64 else 0
+    for one, other in zip(fused, (split[0], *parameters, split[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(
+        torch.stack([n, *merged]), reference.moments(spec, inputs), rtol=1e-5, atol=1e-5
+    )
+    expected, *_ = reference.sums(given, saved, dy)
+    scale = expected.abs().amax() if x.numel() else 1.0
+    torch.testing.assert_close(sums / scale, expected / scale, rtol=0, atol=1e-5)
+    means = sums / n.clamp(min=1)
+    for one, other in zip(split, reference.gradient(given, saved, dy, means), strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(

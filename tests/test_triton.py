@@ -31,13 +31,16 @@ def device(request):
 on_kernels = pytest.mark.usefixtures("device")
 
 
-def test_the_kernels_are_right_under_tritons_interpreter():
+@pytest.mark.timeout(1200)
+def test_the_kernels_are_right_under_tritons_interpreter(request):
     """This file's interpreted tests, and the conformance tests that every backend passes."""
-    if triton.interpreting():
+    if triton.interpreting() or request.config.getoption("--device") != "cpu":
         pytest.skip("this is that process")
-    files = [str(HERE / f"test_{name}.py") for name in ("triton", "oracle", "masks")]
+    files = [str(HERE / f"test_{name}.py") for name in ("triton", "oracle", "masks", "gradients")]
+    few = "batch-masked-leaky_relu or group-masked-leaky_relu or layer-masked-silu"
+    chosen = f"triton and (not derivatives or {few})"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *files, "-k", "triton", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *files, "-k", chosen, "-p", "no:cacheprovider"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -52,7 +55,8 @@ def tiles(request, monkeypatch):
     """The committed table; and tiny tiles, so that small tensors are looped over and split."""
     if request.param:
         monkeypatch.setattr(triton_plan, "LARGEST", {"forward": 64, "backward": 64})
-        for name, value in (("TILE", 64), ("LOOPED", 256), ("CHUNK", 128), ("PROGRAMS", 8)):
+        limits = {"TILE": 64, "LOOPED": 256, "CHUNK": 128, "PROGRAMS": 8, "SMALL": 0, "MERGED": 4}
+        for name, value in limits.items():
             monkeypatch.setattr(triton_plan, name, value)
     for cached in (triton_plan.geometry, triton_plan.launch):
         cached.cache_clear()
@@ -205,6 +209,8 @@ def test_half_precision_is_rounded_once_and_parameters_stay_float32(call, dtype)
 @pytest.mark.parametrize("call", range(len(SOME)))
 def test_the_same_bits_every_time(call, device):
     spec, shape, last = SOME[call]
+    if device == "cpu" and spec.center:
+        pytest.skip("the interpreter has one order: one call will do")
     times = 1 if device == "cpu" else 500  # enough programs for an order of theirs to show
     tensors = drawn(spec, (shape[0] * times, *shape[1:]), last)
     first = ran(spec, *tensors)
@@ -212,11 +218,11 @@ def test_the_same_bits_every_time(call, device):
         assert all(map(torch.equal, ran(spec, *tensors), first))
 
 
-@on_kernels
+@pytest.mark.usefixtures("device", "tiles")
 @pytest.mark.parametrize("center", [True, False], ids=["layer", "rms"])
-@pytest.mark.parametrize("size", [100, 20000, 70000])
+@pytest.mark.parametrize("size", [60, 200, 1000])
 def test_a_row_does_not_depend_on_the_others(size, center):
-    """Neither whole in registers, nor read twice, nor in chunks."""
+    """Neither whole in registers nor, by small tiles, read twice or in chunks."""
     x, dy = torch.randn(2, 3, size)
     spec = Spec(pool.last(1), 1e-5, center=center)
     for whole, alone in zip(ran(spec, x, dy), ran(spec, x[2:], dy[2:]), strict=True):

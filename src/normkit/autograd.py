@@ -182,8 +182,10 @@ class _NormalizeMerged(torch.autograd.Function):
             # Someone differentiates this backward: the statistics must be functions of x again.
             x = inputs.x
             own = reference.moments(spec, inputs._replace(mean=None, rstd=None))
-            again = Settings(own.shape[1], x.dtype, "backward of a backward", spec.eps, None, True)
-            batch = _merged(own, ctx.merge, again)
+            settings = Settings(
+                own.shape[1], x.dtype, "backward of a backward", spec.eps, None, True
+            )
+            batch = _merged(own, ctx.merge, settings)
             inputs = inputs._replace(mean=batch.mean, var=batch.var, rstd=None)
             verbs: Any = reference
         else:

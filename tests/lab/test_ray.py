@@ -17,14 +17,27 @@ from two_nodes import ENVIRONMENT
 
 pytest.importorskip("ray")
 
-LONG = ("--steps", 2500, "--eval-every", 50, "--seeds", 2, "--arms", "none,batch", "--json")
+LONG = ("--steps", 1500, "--eval-every", 50, "--seeds", 2, "--arms", "none,batch", "--json")
 MODULES = {
     "mine.py": "import parts\n\ndef net(norm):\n    return parts.network(norm)\n",
-    # Where the modules lie is on the driver's path alone: elsewhere they can only be shipped.
-    "parts.py": "import os\nfrom torch import nn\n\ndef network(norm):\n"
-    "    assert 'DRIVER' in os.environ or 'py_modules_files' in __file__\n"
-    "    hidden = [nn.Linear(64, 32), *([norm(32)] if norm else []), nn.Tanh()]\n"
-    "    return nn.Sequential(nn.Flatten(), *hidden, nn.Dropout(0.1), nn.Linear(32, 10))\n",
+    # The modules are on the driver's path alone: elsewhere they can only have been shipped. Slow
+    # enough for a checkpoint, which is due after a second, on any machine.
+    "parts.py": """
+import os
+import time
+from torch import nn
+
+class Slow(nn.Sequential):
+    def forward(self, x):
+        if self.training:
+            time.sleep(0.001)
+        return super().forward(x)
+
+def network(norm):
+    assert "DRIVER" in os.environ or "py_modules_files" in __file__
+    hidden = [nn.Linear(64, 32), *([norm(32)] if norm else []), nn.Tanh()]
+    return Slow(nn.Flatten(), *hidden, nn.Dropout(0.1), nn.Linear(32, 10))
+""",
 }
 
 

@@ -213,7 +213,7 @@ def _tile(g: Geometry, way: str) -> tuple[int, int, bool]:
             return rows, min(cols, max(16, TILE // rows)), True
         # Finding the pool of a column among neighbours takes registers: fewer warps.
         tile = TILE // 2 if g.group > 1 and way == "backward" else TILE
-        return min(rows, tile // b), b, False
+        return min(rows, max(1, tile // b)), b, False
     if rows * cols <= largest:
         return rows, cols, True
     if g.affine == "row":

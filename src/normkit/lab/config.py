@@ -124,12 +124,8 @@ class Config:
                 "nothing would be measured; give a smaller one"
             )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        jobs = 1 if self.device != "cpu" else max(1, (cores or 1) // self.threads)
-        if size() > 1:
-            jobs = 1
-        elif self.engine == "ray":
-            # As many as the cluster has room for.
-            jobs = self.jobs
+        alone = self.device != "cpu" or size() > 1
+        jobs = 1 if alone else max(1, (cores or 1) // self.threads)
         return dataclasses.replace(
             self,
             activation=activation,
@@ -137,7 +133,8 @@ class Config:
             lr=self.lr or (rate / 10 if self.optimizer == "momentum" else rate),
             eval_every=self.eval_every
             or max(min(_FEWEST_STEPS, steps), steps // (100 if self.model == "mlp" else 40)),
-            jobs=self.jobs or jobs,
+            # On a cluster as many as it has room for.
+            jobs=self.jobs or (None if self.engine == "ray" else jobs),
             stats=stats,
             ranks=size(),
             out=self.out or f"runs/{study}-{_slug(self.data)}-{_slug(kind)}",

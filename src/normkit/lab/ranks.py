@@ -6,7 +6,7 @@ Alone, every function here is what one process needs: nothing.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from normkit.layers import BatchNorm
 from normkit.tools.swap import swap
 
 Sent = TypeVar("Sent")
@@ -35,11 +36,14 @@ def meet() -> None:
     """Wait for the others: from here on the ranks can talk. May be called again."""
     if dist.is_initialized():
         return
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+        backend = "cpu:gloo,cuda:nccl"
+    # torchrun keeps its store over a restart, and gloo would find the addresses of the dead in it.
+    store, *_ = next(dist.rendezvous("env://"))
+    attempt = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, store=attempt, rank=rank(), world_size=size())
 
 
 def sent(value: Sent) -> Sent:
@@ -48,7 +52,7 @@ def sent(value: Sent) -> Sent:
         return value
     box: list[Any] = [value]
     dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]  # type: ignore[no-any-return]
+    return box[0]
 
 
 def mean(value: Tensor) -> Tensor:
@@ -71,7 +75,13 @@ def gathered(value: Tensor) -> Tensor:
 
 def own(value: Tensor) -> Tensor:
     """Return this rank's part of what `gathered` returned."""
-    return value.view(size(), -1)[rank()]
+    # A copy: torch takes a random state's memory from the start of what it lies in.
+    return value.view(size(), -1)[rank()].clone()
+
+
+def lost(error: Exception) -> bool:
+    """Say whether an error means that another rank is gone."""
+    return isinstance(error, dist.DistError) or (size() > 1 and "gloo" in str(error))
 
 
 def seed(value: int) -> None:
@@ -105,7 +115,7 @@ def synced(model: nn.Module, stats: str | None) -> nn.Module:
     for layer in model.modules():
         # Those of normkit stay what they are: ghosts and corrections too have ranks.
         if isinstance(layer, _BatchNorm):
-            layer.synchronize()
+            cast(BatchNorm, layer).synchronize()
     return model
 
 

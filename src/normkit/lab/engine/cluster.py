@@ -1,6 +1,7 @@
 """Runs on a Ray cluster: each a task of its own, its reports streamed to this process."""
 
 import functools
+import logging
 import os
 import socket
 import sys
@@ -79,7 +80,7 @@ class Cluster:
             task = doing.pop(ready[0])
             try:
                 message = ray.get(next(ready[0]))
-            except (ray.exceptions.RayError, ray.exceptions.ObjectLostError) as error:
+            except ray.exceptions.RayError as error:
                 losses[task.run] += 1
                 self._check_lost(task, error, losses[task.run])
                 waiting.appendleft(again(task))
@@ -124,14 +125,14 @@ class Cluster:
             ray.init(
                 address=address,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 runtime_env={"py_modules": shipped} if shipped else None,
             )
         except Exception as error:
             ray.shutdown()
             raise LabError(_refusal(address, str(error))) from None
         self.ray = ray
-        # Ray prints the death of a node to stdout, where JSON lines may go; whatever is asked of it.
+        # Whatever is asked of it, Ray prints a node's death to stdout, where JSON lines may go.
         ray._private.worker._worker_logs_enabled = False
 
     def _needs(self) -> dict[str, int]:

@@ -53,7 +53,8 @@ def follow() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except RuntimeError:
-        # Rank 0 is gone, and has said why.
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        print(f"normkit: rank {ranks.rank()} ends, rank 0 is gone: {reason}", file=sys.stderr)
         return 1
     return 0

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from normkit.lab import ranks
 from normkit.lab.data import Data
 from normkit.lab.errors import LabError, UserCodeError
 from normkit.lab.train import Report, Task, train
@@ -19,6 +20,11 @@ def work(task: Task, data: Data) -> Iterator[Report]:
         raise
     except Exception as error:
         what = f"training {task.arm.label}, seed {task.seed}"
+        if ranks.lost(error):
+            raise LabError(
+                f"{what} lost a rank ({str(error).partition('. ')[0]}); the same command goes on "
+                "from the last checkpoint, and torchrun gives it by itself with --max-restarts"
+            ) from None
         if ":" in task.config.model:
             raise UserCodeError(their_traceback(error, what)) from None
         raise LabError(f"{what} failed with {type(error).__name__}: {error}") from None
