@@ -5,6 +5,7 @@ All cases that agree with each other run in one set of processes, since starting
 
 import copy
 import datetime
+import pickle
 import random
 import traceback
 from contextlib import contextmanager
@@ -443,6 +444,27 @@ def disagreements(rank):
     }
 
 
+def histories(rank):
+    """One rank's layer copied or pickled; calls of which one rank's fails or holds nothing."""
+    last = rank == RANKS - 1
+    layer, x = SYNC(4), torch.randn(2, 4)
+    layer(x)
+    copied = copy.deepcopy(layer) if rank == 0 else layer
+    pickled = pickle.loads(pickle.dumps(layer)) if last else layer
+    local = normkit.GhostBatchNorm(4, 2, track_running_stats=False).synchronize()
+    empty, counted = torch.zeros(2, 1, dtype=torch.bool), SYNC(4)
+    counted(x)
+    counted(x, mask=empty) if last else counted(x[:0])
+    return {
+        "copied": error_of(copied, x),
+        "pickled": error_of(pickled, x),
+        "sends nothing": error_of(local, x.long() if last else x),
+        "elsewhere": error_of(layer, x.to("meta") if last else x),
+        "batches": int(counted.num_batches_tracked),
+        "none at last": error_of(layer, x),
+    }
+
+
 def absences(rank):
     found = []
     for backward in (False, True):
@@ -498,7 +520,7 @@ def standardized(rank):
 
 ACTS = (
     *(collectives, recomputed, compiled, transformed, data_parallel, sharded, subgroups),
-    *(disagreements, recalibrated, standardized, absences),
+    *(disagreements, histories, recalibrated, standardized, absences),
 )
 
 
@@ -548,7 +570,7 @@ def test_ranks_are_one_process_on_the_whole_batch(ranks, name):
         for results, gradients, buffers in got:
             assert all(array.size == 0 for array in results[0][:2])
             assert all((gradient == 0).all() for gradient in gradients)
-            assert [b.max() for b in buffers] == [0, 1, 1]
+            assert [b.max() for b in buffers] == [0, 1, 0]
         return
     results, gradients, buffers = whole
     by_samples = results[0][0].ndim > 2 or case.per_sample
@@ -682,6 +704,15 @@ def test_errors_leave_the_ranks_in_step(ranks):
         for name in ("none", "now free", "free to change", "none at last"):
             assert found[name] == "none"
         assert found["everywhere"].startswith("ValueError: SyncBatchNorm(4")
+
+
+def test_ranks_of_another_history_stay_in_step(ranks):
+    for rank, found in enumerate(of(ranks, histories)):
+        assert found["copied"] == found["pickled"] == found["none at last"] == "none"
+        said = "TypeError: GhostBatchNorm(4" if rank == RANKS - 1 else "none"
+        assert found["sends nothing"].startswith(said)
+        assert "rank 2: ValueError: running_mean is on cpu, the input on meta" in found["elsewhere"]
+        assert found["batches"] == 1
 
 
 def test_a_rank_that_stays_away_ends_in_an_error_with_layer_and_rank(ranks):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import statistics
+from . import recompute, statistics
 from .backend import aten
 from .statistics import Moments
 
@@ -75,7 +75,8 @@ class _Shared:
 class Merge:
     """The ranks of a process group, as if their batches were one.
 
-    Each synchronized layer has one of its own, which remembers what the ranks have agreed on.
+    Each synchronized layer has one of its own, which remembers what the ranks have agreed on, in
+    copies and pickles too.
 
     Args:
         process_group: the ranks, of torch.distributed; None for all of them.
@@ -92,8 +93,11 @@ class Merge:
     one that another doesn't know of.
 
     Not found this way: a rank that doesn't call the layer, being in evaluation or elsewhere, which
-    ends in the group's timeout; layers with another history, one used before and one new; and in
-    compiled code, where nothing is looked at before it is sent, other channels.
+    ends in the group's timeout; layers with another history, one used before and one made anew, or
+    one whose first call is compiled and one whose isn't; and in compiled code, where nothing is
+    looked at before it is sent, other channels. Messages then differ in size, which gloo ends the
+    process for. Told to the others are errors of checks, `ValueError` and `TypeError`, all raised
+    before a message is due; a rank that runs out of memory, say, is one that doesn't call.
     """
 
     def __init__(self, process_group: Any = None, layer: Any = "synchronized statistics") -> None:
@@ -107,7 +111,7 @@ class Merge:
         return self._shared.group
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_agreed": 0, "_last": (None, torch.empty(0))}
+        return self.__dict__ | {"_last": (None, torch.empty(0))}
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
         path = tracer.path_of_module(self.layer)
@@ -149,9 +153,10 @@ class Merge:
         """Tell the ranks that wait for this one's moments why it can't send any.
 
         Returns where all ranks failed; else all raise the same `RankError`. The first of the
-        tensors says on which device messages go.
+        tensors, the layer's own before the call's, says on which device messages go.
         """
-        if isinstance(error, RankError) or torch.compiler.is_compiling() or self.ranks() == 1:
+        sends = not (torch.compiler.is_compiling() or recompute.recomputing())
+        if isinstance(error, RankError) or not sends or self.ranks() == 1:
             return
         device = next((t.device for t in tensors if isinstance(t, Tensor)), None)
         nothing = torch.zeros(_HEADER + 3 * self._agreed, dtype=torch.float64, device=device)
