@@ -490,7 +490,7 @@ def recalibrated(rank):
     net = network()
     normkit.swap(net, "sync")
     merges = [m.merge for m in net.modules() if hasattr(m, "merge")]
-    normkit.recalibrate(net, mine)
+    report = normkit.recalibrate(net, mine, process_group=dist.group.WORLD)
     kept = all(
         a is b
         for a, b in zip(
@@ -499,8 +499,29 @@ def recalibrated(rank):
     )
     even = network()
     normkit.swap(even, "sync")
-    normkit.recalibrate(even, list(x[:6].split(2)[rank].split(1)))
-    return numpy(net.state_dict()), kept, numpy(even.state_dict())
+    batches = list(x[:6].split(2)[rank].split(1))
+    normkit.recalibrate(even, batches, process_group=dist.group.WORLD)
+    refused = error_of(
+        *(normkit.recalibrate, even, batches if rank else iter(batches)),
+        sequential=True,
+        process_group=dist.group.WORLD,
+    )
+
+    def fails_between(model, x):
+        y = model[:3](x)
+        if rank == 1:
+            raise OSError("its own")
+        model[3:](y)
+
+    before = numpy(even.state_dict())
+    failed = error_of(
+        normkit.recalibrate, even, batches, fails_between, process_group=dist.group.WORLD
+    )
+    kept = kept and all(np.array_equal(v, before[k]) for k, v in numpy(even.state_dict()).items())
+    if rank == 0:  # without a group it waits for nobody
+        normkit.recalibrate(copy.deepcopy(even), batches)
+    told = (report.facts, [str(row) for row in report.rows], refused, failed)
+    return numpy(net.state_dict()), kept, numpy(even.state_dict()), told
 
 
 def standardized(rank):
@@ -511,10 +532,12 @@ def standardized(rank):
     )
     broken = normkit.Standardize(3)
     bad = torch.full((2, 3), torch.nan) if rank == 1 else torch.ones(2, 3)
+    stranger = {"process_group": dist.GroupMember.NON_GROUP_MEMBER}
     return (
         numpy((fitted.mean, fitted.std, fitted.count)),
         error_of(broken.fit, [bad], process_group=dist.group.WORLD),
         float(broken.count.sum()),
+        error_of(broken.fit, bad[:0], **stranger),
     )
 
 
@@ -727,20 +750,29 @@ def test_recalibrate_with_uneven_ranks_is_the_same_on_each(ranks):
     found = of(ranks, recalibrated)
     x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(3))
     first = rows(numpy(network()[0](x)))
-    for state, kept, _ in found:
+    for state, kept, _, told in found:
         assert kept
         for name, value in state.items():
-            if "running" in name:
-                assert np.array_equal(value, found[0][0][name])
+            assert np.array_equal(value, found[0][0][name])
+        assert state["1.num_batches_tracked"] == told[0]["batches"] == 4
+        assert told[:2] == found[0][3][:2]
         np.testing.assert_allclose(state["1.running_mean"], first.mean(0), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(state["1.running_var"], first.var(0, ddof=1), rtol=1e-5)
+
+
+def test_what_fails_on_one_rank_ends_recalibrate_on_all(ranks):
+    for rank, (*_, (_, _, refused, failed)) in enumerate(of(ranks, recalibrated)):
+        said = "ToolError: sequential=True reads the loader more than once"
+        assert refused.startswith(said if rank == 0 else f"ToolError: rank 0 failed: {said}")
+        said = "OSError: its own"
+        assert failed == (said if rank == 1 else f"ToolError: rank 1 failed: {said}")
 
 
 def test_recalibrate_normalizes_synchronized_layers_as_training_does(ranks):
     x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(3))[:6]
     whole = network()
     normkit.recalibrate(whole, [x[[0, 2, 4]], x[[1, 3, 5]]])
-    for _, _, state in of(ranks, recalibrated):
+    for _, _, state, _ in of(ranks, recalibrated):
         for index in (1, 4):
             for name in (f"{index}.running_mean", f"{index}.running_var"):
                 np.testing.assert_allclose(
@@ -752,7 +784,8 @@ def test_standardize_over_ranks_is_the_same_on_each(ranks):
     found = of(ranks, standardized)
     x = torch.randn(9, 3, 4, generator=torch.Generator().manual_seed(4)) * 5 + 1e6
     values = rows(numpy(x))
-    for rank, ((mean, std, count), said, fitted) in enumerate(found):
+    for rank, ((mean, std, count), said, fitted, stranger) in enumerate(found):
+        assert f"rank {rank} isn't in its process_group" in stranger
         assert np.array_equal(mean, found[0][0][0])
         assert np.array_equal(std, found[0][0][1])
         np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)

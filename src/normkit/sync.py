@@ -125,11 +125,7 @@ class Merge:
             if not torch.compiler.is_compiling():
                 _say_alone()
             return 1
-        if self.process_group is dist.GroupMember.NON_GROUP_MEMBER:
-            raise RuntimeError(
-                f"{self.layer}: rank {dist.get_rank()} isn't in its process_group; give each rank "
-                "the group that it is in"
-            )
+        _check_member(self.process_group, f"{self.layer}: ")
         return dist.get_world_size(self.process_group)
 
     def moments(self, own: Tensor, settings: Settings, *, whole: bool) -> Moments:
@@ -222,7 +218,7 @@ class Merge:
 
     def _disagreement(self, own: Any) -> RankError:
         """The error that lists what every rank has, from what this one has; all ranks call it."""
-        said = gathered(own, self.process_group)
+        said = gathered(own, self.process_group or dist.group.WORLD)
         known = [one for one in said if isinstance(one, dict)]
         differing = [k for k in known[0] if len({one[k] for one in known}) > 1]
         shown = differing or ["channels", "dtype"]
@@ -235,12 +231,21 @@ class Merge:
 
 
 def gathered(value: Any, process_group: Any = None) -> list[Any]:
-    """Every rank's value, in the order of the ranks; where there are none, this one's alone."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """Every rank's value, in the order of the ranks; this one's alone where no group is given."""
+    if process_group is None:
         return [value]
+    _check_member(process_group)
     everyone: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(everyone, value, group=process_group)
     return everyone
+
+
+def _check_member(process_group: Any, who: str = "") -> None:
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise RuntimeError(
+            f"{who}rank {dist.get_rank()} isn't in its process_group; give each rank the group "
+            "that it is in"
+        )
 
 
 def _check_alike(everyone: Tensor) -> None:
