@@ -286,11 +286,13 @@ def compiled(rank):
         expected.backward(dy)
         gradient = layer.weight.grad.clone()
         dist.all_reduce(gradient)
+        evaluated = torch.compile(layer.eval(), fullgraph=True, backend="aot_eager")(mine)
         found[name] = numpy(
             [
                 (y, expected.split(sizes)[rank]),
                 (mine.grad, all_of_it.grad.split(sizes)[rank]),
                 (gradient, whole.weight.grad),
+                (evaluated, whole.eval()(all_of_it).split(sizes)[rank]),
                 *zip(layer.buffers(), whole.buffers(), strict=True),
             ]
         )
@@ -851,6 +853,30 @@ def test_swap_and_convert():
     assert net[0].merge is None
     with pytest.raises(normkit.tools.model.ToolError, match="belongs to to='sync'"):
         normkit.swap(net, "group", process_group="a group")
+
+
+def test_swap_carries_what_the_calls_set():
+    net = nn.Sequential(normkit.BatchNorm2d(4).accumulate(3), nn.BatchNorm1d(4))
+    normkit.swap(net, "sync")
+    assert net[0].micro_batches == 3
+    assert [m.ranks for m in net] == [(4,), (2, 3)]
+    normkit.swap(net, "batch")
+    assert [type(m) for m in net] == [normkit.BatchNorm2d, normkit.BatchNorm1d]
+    assert net[0].micro_batches == 3
+    ghost = normkit.GhostBatchNorm(4, 2).synchronize("a group")
+    net = nn.Sequential(ghost, nn.SyncBatchNorm(4, process_group="theirs"), normkit.BatchNorm(4))
+    for to in ("renorm", "ghost:2"):
+        report = normkit.swap(net, to)
+        assert [m.merge and m.merge.process_group for m in net] == ["a group", "theirs", None]
+        assert ["synchronized" in row.note for row in report.rows] == [True, True, False]
+    normkit.swap(net, "batch")
+    assert [m.merge for m in net] == [None] * 3
+
+
+def test_a_torch_whose_ddp_cannot_be_mended_is_warned_of(monkeypatch):
+    monkeypatch.delattr(DistributedDataParallel, "_passing_sync_batchnorm_handle")
+    with pytest.warns(RuntimeWarning, match="DistributedDataParallel may refuse"):
+        normkit.sync.let_ddp_take(SYNC)
 
 
 def test_traced_by_fx_it_keeps_its_ranks():

@@ -156,8 +156,10 @@ class Merge:
             return
         device = next((t.device for t in tensors if isinstance(t, Tensor)), None)
         nothing = torch.zeros(_HEADER + 3 * self._agreed, dtype=torch.float64, device=device)
-        if self._gather(nothing)[:, :_HEADER].any():
-            raise self._disagreement(f"{type(error).__name__}: {error}") from error
+        heads = self._gather(nothing)[:, :_HEADER]
+        if heads.any():
+            own = f"{type(error).__name__}: {error}"
+            raise self._disagreement(own, self._looked_at(heads)) from error
 
     def _exchange(self, own: Tensor, settings: Settings, whole: bool) -> tuple[Tensor, bool]:
         """(W, 3, C): every rank's moments; and whether they are known to be whole on all."""
@@ -175,7 +177,8 @@ class Merge:
             if own.is_cpu or not fits:
                 heads = everyone[:, :_HEADER].tolist()
                 if any(other[:_SETTINGS] != heads[0][:_SETTINGS] for other in heads):
-                    raise self._disagreement(settings.texts())
+                    told = self._looked_at(everyone[:, :_HEADER])
+                    raise self._disagreement(settings.texts(), told)
                 all_whole = all(other[_SETTINGS] for other in heads)
             else:
                 _check_alike(everyone)  # without waiting for the device
@@ -216,8 +219,18 @@ class Merge:
                 f"with an empty batch where it has none, and run its backward; {error}"
             ) from error
 
-    def _disagreement(self, own: Any) -> RankError:
-        """The error that lists what every rank has, from what this one has; all ranks call it."""
+    def _looked_at(self, heads: Tensor) -> bool:
+        """Whether all ranks look: on the CPU, and elsewhere where nobody got what it expected."""
+        return heads.is_cpu or not (self._agreed and (heads[:, 0] == self._agreed).any())
+
+    def _disagreement(self, own: Any, told: bool) -> RankError:
+        """The error that lists what every rank has, from what this one has.
+
+        Where some ranks don't look at what they receive, and so won't tell, it is this one's alone.
+        """
+        if not told:
+            here = dist.get_rank(self.process_group)
+            return RankError(f"all ranks must fit together, rank {here} doesn't: {own}")
         said = gathered(own, self.process_group or dist.group.WORLD)
         known = [one for one in said if isinstance(one, dict)]
         differing = [k for k in known[0] if len({one[k] for one in known}) > 1]
@@ -268,10 +281,18 @@ def _say_alone() -> None:
 def let_ddp_take(layer: type[nn.Module]) -> None:
     """Have DistributedDataParallel accept this subclass of torch's SyncBatchNorm on the CPU too.
 
-    It refuses torch's own there, which can't run on the CPU, and all subclasses with it.
+    It refuses torch's own there, which can't run on the CPU, and all subclasses with it. The check
+    is a private method of torch's, replaced on import; a torch without it is warned of.
     """
-    refuse = getattr(nn.parallel.DistributedDataParallel, "_passing_sync_batchnorm_handle", None)
+    name = "_passing_sync_batchnorm_handle"
+    refuse = getattr(nn.parallel.DistributedDataParallel, name, None)
     if refuse is None:
+        warnings.warn(
+            f"torch {torch.__version__} has no {name} to mend, so DistributedDataParallel may "
+            "refuse synchronized layers on the CPU",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return
 
     @functools.wraps(refuse)
