@@ -286,11 +286,13 @@ def compiled(rank):
         expected.backward(dy)
         gradient = layer.weight.grad.clone()
         dist.all_reduce(gradient)
+        evaluated = torch.compile(layer.eval(), fullgraph=True, backend="aot_eager")(mine)
         found[name] = numpy(
             [
                 (y, expected.split(sizes)[rank]),
                 (mine.grad, all_of_it.grad.split(sizes)[rank]),
                 (gradient, whole.weight.grad),
+                (evaluated, whole.eval()(all_of_it).split(sizes)[rank]),
                 *zip(layer.buffers(), whole.buffers(), strict=True),
             ]
         )
@@ -444,6 +446,27 @@ def disagreements(rank):
     }
 
 
+def histories(rank):
+    """One rank's layer copied or pickled; calls of which one rank's fails or holds nothing."""
+    last = rank == RANKS - 1
+    layer, x = SYNC(4), torch.randn(2, 4)
+    layer(x)
+    copied = copy.deepcopy(layer) if rank == 0 else layer
+    pickled = pickle.loads(pickle.dumps(layer)) if last else layer
+    local = normkit.GhostBatchNorm(4, 2, track_running_stats=False).synchronize()
+    empty, counted = torch.zeros(2, 1, dtype=torch.bool), SYNC(4)
+    counted(x)
+    counted(x, mask=empty) if last else counted(x[:0])
+    return {
+        "copied": error_of(copied, x),
+        "pickled": error_of(pickled, x),
+        "sends nothing": error_of(local, x.long() if last else x),
+        "elsewhere": error_of(layer, x.to("meta") if last else x),
+        "batches": int(counted.num_batches_tracked),
+        "none at last": error_of(layer, x),
+    }
+
+
 def absences(rank):
     found = []
     for backward in (False, True):
@@ -469,7 +492,7 @@ def recalibrated(rank):
     net = network()
     normkit.swap(net, "sync")
     merges = [m.merge for m in net.modules() if hasattr(m, "merge")]
-    normkit.recalibrate(net, mine)
+    report = normkit.recalibrate(net, mine, process_group=dist.group.WORLD)
     kept = all(
         a is b
         for a, b in zip(
@@ -478,8 +501,29 @@ def recalibrated(rank):
     )
     even = network()
     normkit.swap(even, "sync")
-    normkit.recalibrate(even, list(x[:6].split(2)[rank].split(1)))
-    return numpy(net.state_dict()), kept, numpy(even.state_dict())
+    batches = list(x[:6].split(2)[rank].split(1))
+    normkit.recalibrate(even, batches, process_group=dist.group.WORLD)
+    refused = error_of(
+        *(normkit.recalibrate, even, batches if rank else iter(batches)),
+        sequential=True,
+        process_group=dist.group.WORLD,
+    )
+
+    def fails_between(model, x):
+        y = model[:3](x)
+        if rank == 1:
+            raise OSError("its own")
+        model[3:](y)
+
+    before = numpy(even.state_dict())
+    failed = error_of(
+        normkit.recalibrate, even, batches, fails_between, process_group=dist.group.WORLD
+    )
+    kept = kept and all(np.array_equal(v, before[k]) for k, v in numpy(even.state_dict()).items())
+    if rank == 0:  # without a group it waits for nobody
+        normkit.recalibrate(copy.deepcopy(even), batches)
+    told = (report.facts, [str(row) for row in report.rows], refused, failed)
+    return numpy(net.state_dict()), kept, numpy(even.state_dict()), told
 
 
 def standardized(rank):
@@ -490,16 +534,18 @@ def standardized(rank):
     )
     broken = normkit.Standardize(3)
     bad = torch.full((2, 3), torch.nan) if rank == 1 else torch.ones(2, 3)
+    stranger = {"process_group": dist.GroupMember.NON_GROUP_MEMBER}
     return (
         numpy((fitted.mean, fitted.std, fitted.count)),
         error_of(broken.fit, [bad], process_group=dist.group.WORLD),
         float(broken.count.sum()),
+        error_of(broken.fit, bad[:0], **stranger),
     )
 
 
 ACTS = (
     *(collectives, recomputed, compiled, transformed, data_parallel, sharded, subgroups),
-    *(disagreements, recalibrated, standardized, absences),
+    *(disagreements, histories, recalibrated, standardized, absences),
 )
 
 
@@ -549,7 +595,7 @@ def test_ranks_are_one_process_on_the_whole_batch(ranks, name):
         for results, gradients, buffers in got:
             assert all(array.size == 0 for array in results[0][:2])
             assert all((gradient == 0).all() for gradient in gradients)
-            assert [b.max() for b in buffers] == [0, 1, 1]
+            assert [b.max() for b in buffers] == [0, 1, 0]
         return
     results, gradients, buffers = whole
     by_samples = results[0][0].ndim > 2 or case.per_sample
@@ -685,6 +731,15 @@ def test_errors_leave_the_ranks_in_step(ranks):
         assert found["everywhere"].startswith("ValueError: SyncBatchNorm(4")
 
 
+def test_ranks_of_another_history_stay_in_step(ranks):
+    for rank, found in enumerate(of(ranks, histories)):
+        assert found["copied"] == found["pickled"] == found["none at last"] == "none"
+        said = "TypeError: GhostBatchNorm(4" if rank == RANKS - 1 else "none"
+        assert found["sends nothing"].startswith(said)
+        assert "rank 2: ValueError: running_mean is on cpu, the input on meta" in found["elsewhere"]
+        assert found["batches"] == 1
+
+
 def test_a_rank_that_stays_away_ends_in_an_error_with_layer_and_rank(ranks):
     forward, backward = of(ranks, absences)[0]
     for said, what in ((forward, "statistics"), (backward, "gradients")):
@@ -697,20 +752,29 @@ def test_recalibrate_with_uneven_ranks_is_the_same_on_each(ranks):
     found = of(ranks, recalibrated)
     x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(3))
     first = rows(numpy(network()[0](x)))
-    for state, kept, _ in found:
+    for state, kept, _, told in found:
         assert kept
         for name, value in state.items():
-            if "running" in name:
-                assert np.array_equal(value, found[0][0][name])
+            assert np.array_equal(value, found[0][0][name])
+        assert state["1.num_batches_tracked"] == told[0]["batches"] == 4
+        assert told[:2] == found[0][3][:2]
         np.testing.assert_allclose(state["1.running_mean"], first.mean(0), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(state["1.running_var"], first.var(0, ddof=1), rtol=1e-5)
+
+
+def test_what_fails_on_one_rank_ends_recalibrate_on_all(ranks):
+    for rank, (*_, (_, _, refused, failed)) in enumerate(of(ranks, recalibrated)):
+        said = "ToolError: sequential=True reads the loader more than once"
+        assert refused.startswith(said if rank == 0 else f"ToolError: rank 0 failed: {said}")
+        said = "OSError: its own"
+        assert failed == (said if rank == 1 else f"ToolError: rank 1 failed: {said}")
 
 
 def test_recalibrate_normalizes_synchronized_layers_as_training_does(ranks):
     x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(3))[:6]
     whole = network()
     normkit.recalibrate(whole, [x[[0, 2, 4]], x[[1, 3, 5]]])
-    for _, _, state in of(ranks, recalibrated):
+    for _, _, state, _ in of(ranks, recalibrated):
         for index in (1, 4):
             for name in (f"{index}.running_mean", f"{index}.running_var"):
                 np.testing.assert_allclose(
@@ -722,7 +786,8 @@ def test_standardize_over_ranks_is_the_same_on_each(ranks):
     found = of(ranks, standardized)
     x = torch.randn(9, 3, 4, generator=torch.Generator().manual_seed(4)) * 5 + 1e6
     values = rows(numpy(x))
-    for rank, ((mean, std, count), said, fitted) in enumerate(found):
+    for rank, ((mean, std, count), said, fitted, stranger) in enumerate(found):
+        assert f"rank {rank} isn't in its process_group" in stranger
         assert np.array_equal(mean, found[0][0][0])
         assert np.array_equal(std, found[0][0][1])
         np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
@@ -790,6 +855,30 @@ def test_swap_and_convert():
     assert net[0].merge is None
     with pytest.raises(normkit.tools.model.ToolError, match="belongs to to='sync'"):
         normkit.swap(net, "group", process_group="a group")
+
+
+def test_swap_carries_what_the_calls_set():
+    net = nn.Sequential(normkit.BatchNorm2d(4).accumulate(3), nn.BatchNorm1d(4))
+    normkit.swap(net, "sync")
+    assert net[0].micro_batches == 3
+    assert [m.ranks for m in net] == [(4,), (2, 3)]
+    normkit.swap(net, "batch")
+    assert [type(m) for m in net] == [normkit.BatchNorm2d, normkit.BatchNorm1d]
+    assert net[0].micro_batches == 3
+    ghost = normkit.GhostBatchNorm(4, 2).synchronize("a group")
+    net = nn.Sequential(ghost, nn.SyncBatchNorm(4, process_group="theirs"), normkit.BatchNorm(4))
+    for to in ("renorm", "ghost:2"):
+        report = normkit.swap(net, to)
+        assert [m.merge and m.merge.process_group for m in net] == ["a group", "theirs", None]
+        assert ["synchronized" in row.note for row in report.rows] == [True, True, False]
+    normkit.swap(net, "batch")
+    assert [m.merge for m in net] == [None] * 3
+
+
+def test_a_torch_whose_ddp_cannot_be_mended_is_warned_of(monkeypatch):
+    monkeypatch.delattr(DistributedDataParallel, "_passing_sync_batchnorm_handle")
+    with pytest.warns(RuntimeWarning, match="DistributedDataParallel may refuse"):
+        normkit.sync.let_ddp_take(SYNC)
 
 
 def test_traced_by_fx_it_keeps_its_ranks():

@@ -91,7 +91,8 @@ def batch_norm(
         residual: input's shape, dtype and device; added before `act`.
         ranks: the ranks that input may have; None for any.
         merge: with `training`, the processes whose batches count as one. Of ghost batches, which
-            stay within a process, only the running statistics are those of all.
+            stay within a process, only the running statistics are those of all. Layers tell the
+            other processes of an error in one; this function leaves them waiting.
 
     Raises:
         RankError: processes that differ in channels, dtype or settings, or one that doesn't come.
@@ -134,7 +135,7 @@ def batch_norm(
             pending=pending,
             micro_batches=micro_batches,
         )
-        statistics.track(running, batch, mask is not None)
+        statistics.track(running, batch, mask is not None or merge is not None)
     elif num_batches_tracked is not None and not recompute.recomputing():
         state.write(num_batches_tracked, state.read(num_batches_tracked) + 1)
     return y
@@ -228,7 +229,7 @@ def batch_renorm(
         pending=pending,
         micro_batches=micro_batches,
     )
-    statistics.track(running, batch, mask is not None)
+    statistics.track(running, batch, mask is not None or merge is not None)
     return y
 
 

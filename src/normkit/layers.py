@@ -119,7 +119,7 @@ class _BatchLayer(_Norm, _BatchNorm):
             self._warn_if_exported()
         if moving and self.micro_batches > 1:
             own |= {"pending": self._pending(), "micro_batches": self.micro_batches}
-        if self.merge is not None and self.training and not by_running:
+        if self.merge is not None and self._merges(by_running):
             own["merge"] = self.merge
         read = by_running or moving
         return self._call(
@@ -145,13 +145,17 @@ class _BatchLayer(_Norm, _BatchNorm):
             return super()._call(function, *args, **kwargs)
         except (ValueError, TypeError) as error:
             if "merge" in kwargs:
-                tensors = (*args, self.weight, self.running_mean)
-                super()._call(kwargs["merge"].fail, error.__cause__, *tensors)
+                own = (*self.buffers(), *self.parameters())
+                super()._call(kwargs["merge"].fail, error.__cause__, *own, *args)
             raise
 
     def _formula(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """The functional form of this layer, and the arguments that it alone has."""
         return functional.batch_norm, {}
+
+    def _merges(self, by_running: bool) -> bool:
+        """Whether a call waits for other ranks."""
+        return self.training and not by_running
 
     def synchronize(self, process_group: Any = None) -> Self:
         """In training, take the statistics of the batches of all ranks of a process group together.
@@ -427,6 +431,10 @@ class GhostBatchNorm(BatchNorm):
 
     def _formula(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         return functional.batch_norm, {"ghost_size": self.ghost_size}
+
+    def _merges(self, by_running: bool) -> bool:
+        tracks = self.track_running_stats and self.running_mean is not None
+        return tracks and super()._merges(by_running)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", ghost_size={self.ghost_size}"

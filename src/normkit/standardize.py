@@ -95,7 +95,7 @@ class Standardize(_Norm):
             ValueError: no data; a feature without a value; infinite values; NaN without
                 `ignore_nan`; a batch of another shape.
             TypeError: a batch that isn't a tensor, or isn't real.
-            RuntimeError: another rank failed; it says why.
+            RuntimeError: another rank failed; it says why. This rank isn't in the process_group.
 
         An exception, also one of the data's own, leaves the statistics as they were.
         """

@@ -71,13 +71,14 @@ def pooled(parts: Moments) -> Moments:
 
 
 @torch.no_grad()
-def track(running: Running, batch: Moments, masked: bool) -> None:
+def track(running: Running, batch: Moments, may_be_empty: bool) -> None:
     """Move the running averages towards this batch's, once per real forward.
 
     running <- (1 - f) * running + f * batch, f = momentum, or 1 / (number of batches) where it is
     None. Moments per sample and channel are averaged over the samples. Empty pools move nothing;
     pools of one value leave the variance alone. With `pending` the batch is first united with the
-    parts before it, and only the last part moves the averages.
+    parts before it, and only the last part moves the averages. Batches that may be empty, masked or
+    of several ranks, count where they aren't.
     """
     if recompute.recomputing():
         return
@@ -89,7 +90,7 @@ def track(running: Running, batch: Moments, masked: bool) -> None:
         batch, complete = _united(running.pending, batch, running.micro_batches)
     n, mean, var = batch.spread()
     has_mean, has_var = n > 0, n > 1
-    seen: int | Tensor = has_mean.any() if masked else 1
+    seen: int | Tensor = has_mean.any() if may_be_empty else 1
     if not running.biased:
         var = var * (n / (n - 1).clamp(min=1))
     if mean.dim() == 2:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import statistics
+from . import recompute, statistics
 from .backend import aten
 from .statistics import Moments
 
@@ -75,7 +75,8 @@ class _Shared:
 class Merge:
     """The ranks of a process group, as if their batches were one.
 
-    Each synchronized layer has one of its own, which remembers what the ranks have agreed on.
+    Each synchronized layer has one of its own, which remembers what the ranks have agreed on, in
+    copies and pickles too.
 
     Args:
         process_group: the ranks, of torch.distributed; None for all of them.
@@ -92,8 +93,11 @@ class Merge:
     one that another doesn't know of.
 
     Not found this way: a rank that doesn't call the layer, being in evaluation or elsewhere, which
-    ends in the group's timeout; layers with another history, one used before and one new; and in
-    compiled code, where nothing is looked at before it is sent, other channels.
+    ends in the group's timeout; layers with another history, one used before and one made anew, or
+    one whose first call is compiled and one whose isn't; and in compiled code, where nothing is
+    looked at before it is sent, other channels. Messages then differ in size, which gloo ends the
+    process for. Told to the others are errors of checks, `ValueError` and `TypeError`, all raised
+    before a message is due; a rank that runs out of memory, say, is one that doesn't call.
     """
 
     def __init__(self, process_group: Any = None, layer: Any = "synchronized statistics") -> None:
@@ -107,7 +111,7 @@ class Merge:
         return self._shared.group
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_agreed": 0, "_last": (None, torch.empty(0))}
+        return self.__dict__ | {"_last": (None, torch.empty(0))}
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
         path = tracer.path_of_module(self.layer)
@@ -121,11 +125,7 @@ class Merge:
             if not torch.compiler.is_compiling():
                 _say_alone()
             return 1
-        if self.process_group is dist.GroupMember.NON_GROUP_MEMBER:
-            raise RuntimeError(
-                f"{self.layer}: rank {dist.get_rank()} isn't in its process_group; give each rank "
-                "the group that it is in"
-            )
+        _check_member(self.process_group, f"{self.layer}: ")
         return dist.get_world_size(self.process_group)
 
     def moments(self, own: Tensor, settings: Settings, *, whole: bool) -> Moments:
@@ -149,14 +149,17 @@ class Merge:
         """Tell the ranks that wait for this one's moments why it can't send any.
 
         Returns where all ranks failed; else all raise the same `RankError`. The first of the
-        tensors says on which device messages go.
+        tensors, the layer's own before the call's, says on which device messages go.
         """
-        if isinstance(error, RankError) or torch.compiler.is_compiling() or self.ranks() == 1:
+        sends = not (torch.compiler.is_compiling() or recompute.recomputing())
+        if isinstance(error, RankError) or not sends or self.ranks() == 1:
             return
         device = next((t.device for t in tensors if isinstance(t, Tensor)), None)
         nothing = torch.zeros(_HEADER + 3 * self._agreed, dtype=torch.float64, device=device)
-        if self._gather(nothing)[:, :_HEADER].any():
-            raise self._disagreement(f"{type(error).__name__}: {error}") from error
+        heads = self._gather(nothing)[:, :_HEADER]
+        if heads.any():
+            own = f"{type(error).__name__}: {error}"
+            raise self._disagreement(own, self._looked_at(heads)) from error
 
     def _exchange(self, own: Tensor, settings: Settings, whole: bool) -> tuple[Tensor, bool]:
         """(W, 3, C): every rank's moments; and whether they are known to be whole on all."""
@@ -174,7 +177,8 @@ class Merge:
             if own.is_cpu or not fits:
                 heads = everyone[:, :_HEADER].tolist()
                 if any(other[:_SETTINGS] != heads[0][:_SETTINGS] for other in heads):
-                    raise self._disagreement(settings.texts())
+                    told = self._looked_at(everyone[:, :_HEADER])
+                    raise self._disagreement(settings.texts(), told)
                 all_whole = all(other[_SETTINGS] for other in heads)
             else:
                 _check_alike(everyone)  # without waiting for the device
@@ -215,9 +219,19 @@ class Merge:
                 f"with an empty batch where it has none, and run its backward; {error}"
             ) from error
 
-    def _disagreement(self, own: Any) -> RankError:
-        """The error that lists what every rank has, from what this one has; all ranks call it."""
-        said = gathered(own, self.process_group)
+    def _looked_at(self, heads: Tensor) -> bool:
+        """Whether all ranks look: on the CPU, and elsewhere where nobody got what it expected."""
+        return heads.is_cpu or not (self._agreed and (heads[:, 0] == self._agreed).any())
+
+    def _disagreement(self, own: Any, told: bool) -> RankError:
+        """The error that lists what every rank has, from what this one has.
+
+        Where some ranks don't look at what they receive, and so won't tell, it is this one's alone.
+        """
+        if not told:
+            here = dist.get_rank(self.process_group)
+            return RankError(f"all ranks must fit together, rank {here} doesn't: {own}")
+        said = gathered(own, self.process_group or dist.group.WORLD)
         known = [one for one in said if isinstance(one, dict)]
         differing = [k for k in known[0] if len({one[k] for one in known}) > 1]
         shown = differing or ["channels", "dtype"]
@@ -230,12 +244,21 @@ class Merge:
 
 
 def gathered(value: Any, process_group: Any = None) -> list[Any]:
-    """Every rank's value, in the order of the ranks; where there are none, this one's alone."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """Every rank's value, in the order of the ranks; this one's alone where no group is given."""
+    if process_group is None:
         return [value]
+    _check_member(process_group)
     everyone: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(everyone, value, group=process_group)
     return everyone
+
+
+def _check_member(process_group: Any, who: str = "") -> None:
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise RuntimeError(
+            f"{who}rank {dist.get_rank()} isn't in its process_group; give each rank the group "
+            "that it is in"
+        )
 
 
 def _check_alike(everyone: Tensor) -> None:
@@ -258,10 +281,18 @@ def _say_alone() -> None:
 def let_ddp_take(layer: type[nn.Module]) -> None:
     """Have DistributedDataParallel accept this subclass of torch's SyncBatchNorm on the CPU too.
 
-    It refuses torch's own there, which can't run on the CPU, and all subclasses with it.
+    It refuses torch's own there, which can't run on the CPU, and all subclasses with it. The check
+    is a private method of torch's, replaced on import; a torch without it is warned of.
     """
-    refuse = getattr(nn.parallel.DistributedDataParallel, "_passing_sync_batchnorm_handle", None)
+    name = "_passing_sync_batchnorm_handle"
+    refuse = getattr(nn.parallel.DistributedDataParallel, name, None)
     if refuse is None:
+        warnings.warn(
+            f"torch {torch.__version__} has no {name} to mend, so DistributedDataParallel may "
+            "refuse synchronized layers on the CPU",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return
 
     @functools.wraps(refuse)

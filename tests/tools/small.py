@@ -53,13 +53,13 @@ def dropping():
 
 def recalibrate_rank(rank, sizes, fail=False, wrap=False):
     torch.manual_seed(0)
-    net = dropping()
+    net, everyone = dropping(), torch.distributed.group.WORLD
     data = torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(7))
     mine = data.split([sum(sizes[0]), sum(sizes[1])])[rank].split(sizes[rank])
     if fail:
-        normkit.recalibrate(net, [] if rank else list(mine), broken)
+        normkit.recalibrate(net, [] if rank else list(mine), broken, process_group=everyone)
     model = nn.parallel.DistributedDataParallel(net) if wrap else net
-    report = normkit.recalibrate(model, list(mine), sequential=True)
+    report = normkit.recalibrate(model, list(mine), sequential=True, process_group=everyone)
     assert report.model is model
     return [net[i].running_mean.tolist() + net[i].running_var.tolist() for i in (1, 6)]
 

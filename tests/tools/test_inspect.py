@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from planted import PLANTED, hot, shifted
-from ranks import on_ranks
 from small import data, healthy, inspect_rank, network
 from states import state_of
 from torch import nn
@@ -16,6 +15,7 @@ from zoo import NAMES, create, images
 
 import normkit
 from normkit.tools.rules import RULES
+from ranks import on_ranks
 
 
 def found(report):

@@ -5,7 +5,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from ranks import on_ranks
 from small import dropping as network
 from small import recalibrate_rank
 from states import state_of
@@ -14,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import normkit
 from normkit.tools.model import ToolError, first_input
+from ranks import on_ranks
 
 
 def batches(sizes=(5, 3, 8), offset=0.0):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from .. import layers
 from ..factory import create
-from .norms import ACTIVATIONS, Norm
+from .norms import ACTIVATIONS, Norm, is_synchronized, process_group_of
 
 Make = Callable[[int], nn.Module]
 
@@ -56,7 +56,10 @@ def make(kind: str, norm: Norm, number: int = 32, process_group: Any = None) -> 
             return getattr(layers, f"BatchNorm{norm.dims}d")(channels, **batch)
         case "sync":
             batch["process_group"] = norm.process_group if process_group is None else process_group
-            return layers.SyncBatchNorm(channels, **batch, act=norm.act)
+            new = layers.SyncBatchNorm(channels, **batch, act=norm.act)
+            if norm.dims is not None:
+                new.ranks = getattr(layers, f"BatchNorm{norm.dims}d").ranks
+            return new
         case "instance":
             tracks = norm.kind == "instance" and norm.tracks
             batch |= {"affine": True, "track_running_stats": tracks, "act": norm.act}
@@ -118,8 +121,11 @@ def adopt(
     if isinstance(new, layers._BatchLayer) and isinstance(old, layers._BatchLayer):
         if old.frozen and not isinstance(old, layers.FrozenBatchNorm):
             new.freeze()
-        if old.micro_batches > 1:
-            notes.append("accumulate() is to be called again")
+        if old.micro_batches > 1 and not isinstance(new, layers.FrozenBatchNorm):
+            new.accumulate(old.micro_batches)
+    if isinstance(new, layers.GhostBatchNorm | layers.BatchRenorm) and is_synchronized(old):
+        new.synchronize(process_group_of(old))
+        notes.append("synchronized, as it was")
     if isinstance(new, layers.BatchRenorm) and getattr(old, "momentum", None) != new.momentum:
         notes.append(f"momentum is {new.momentum:g}, renorm's own")
     for module in new.modules():

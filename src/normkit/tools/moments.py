@@ -42,6 +42,10 @@ class Moments:
         m2 = self.m2 + other.m2 + delta.square() * self.count * share
         return Moments(count, self.mean + delta * share, m2)
 
+    def cpu(self) -> Moments:
+        """On the CPU."""
+        return Moments(self.count.cpu(), self.mean.cpu(), self.m2.cpu())
+
     @property
     def variance(self) -> Tensor:
         """The unbiased variance; 0 of one value."""
@@ -60,9 +64,20 @@ class Spread:
         """Take in a batch, (N, C, *)."""
         new = Moments.of(x, mask)
         mean, variance = Moments.of(new.mean[None]), Moments.of(new.variance[None])
-        self.all = self.all.merge(new) if self.all else new
-        self.means = self.means.merge(mean) if self.means else mean
-        self.variances = self.variances.merge(variance) if self.variances else variance
+        both = self.merge(Spread(new, mean, variance))
+        self.all, self.means, self.variances = both.all, both.means, both.variances
+
+    def merge(self, other: Spread) -> Spread:
+        """The batches of both."""
+        return Spread(
+            _both(self.all, other.all),
+            _both(self.means, other.means),
+            _both(self.variances, other.variances),
+        )
+
+    def cpu(self) -> Spread:
+        """On the CPU."""
+        return Spread(*(m and m.cpu() for m in (self.all, self.means, self.variances)))
 
     @property
     def batches(self) -> int:
@@ -95,3 +110,7 @@ class Spread:
         shift = (mean.to(mine)[varies] - self.all.mean[varies]) / mine.sqrt()
         ratio = (variance.to(mine)[varies].clamp(min=1e-300) / mine).log()
         return float(shift.square().mean().sqrt()), float(ratio.square().mean().sqrt())
+
+
+def _both(a: Moments | None, b: Moments | None) -> Moments | None:
+    return a.merge(b) if a and b else a or b

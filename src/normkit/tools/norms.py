@@ -76,7 +76,7 @@ class Norm:
         kind: "batch", "sync", "frozen", "ghost", "renorm", "instance", "group", "layer" or "rms".
         shape: the normalized shape; (C,) where channels lie on axis 1.
         channels_first: whether they lie there.
-        dims: how many axes follow them, where the class says it.
+        dims: how many axes follow them, where the layer says it.
         ghost_size: of ghost batch norm.
         act: the activation inside: None, one that `normkit` fuses, or "?".
         process_group: of synchronized layers.
@@ -105,7 +105,7 @@ def read(module: nn.Module) -> Norm | None:
     kind, first = found
     m: Any = module
     kind = next((k for t, k in _OF_BATCH_LAYERS.items() if isinstance(module, t)), kind)
-    if kind == "batch" and getattr(m, "merge", None) is not None:
+    if kind == "batch" and is_synchronized(m):
         kind = "sync"
     if kind in ("layer", "rms"):
         shape = tuple(m.normalized_shape)
@@ -124,7 +124,7 @@ def read(module: nn.Module) -> Norm | None:
         getattr(m, "running_mean", None) is not None,
         getattr(m, "ghost_size", None),
         _act(module),
-        _process_group(module),
+        process_group_of(module),
     )
 
 
@@ -156,14 +156,26 @@ def _constants(module: nn.Module) -> tuple[Any, ...]:
     return tuple(getattr(module, key, None) for key in ("negative_slope", "approximate"))
 
 
+_DIMS = {
+    layer.ranks: dims
+    for dims, layer in enumerate((layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d), 1)
+}
+
+
 def _dims(module: nn.Module) -> int | None:
     for digit in "123":
         if any(c.__name__.endswith(f"{digit}d") for c in type(module).__mro__):
             return int(digit)
-    return None
+    return _DIMS.get(getattr(module, "ranks", None))
 
 
-def _process_group(module: Any) -> Any:
+def is_synchronized(module: nn.Module) -> bool:
+    """Whether it merges its statistics with those of other ranks."""
+    return isinstance(module, nn.SyncBatchNorm) or getattr(module, "merge", None) is not None
+
+
+def process_group_of(module: Any) -> Any:
+    """Whose ranks a synchronized layer merges."""
     merge = getattr(module, "merge", None)
     return getattr(module if merge is None else merge, "process_group", None)
 

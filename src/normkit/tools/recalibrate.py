@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import BatchRenorm, _BatchLayer
-from ..sync import gathered
+from ..statistics import Moments as BatchMoments
+from ..sync import Merge, Settings, gathered
 from .model import (
     Forward,
     Only,
@@ -64,6 +65,7 @@ def recalibrate(
     evaluate: Callable[[nn.Module], float] | None = None,
     copy: bool = False,
     progress: bool = False,
+    process_group: Any = None,
 ) -> Report:
     """Replace running averages by the statistics of all the loader's data.
 
@@ -78,11 +80,13 @@ def recalibrate(
     batch renorm, which times its limits by it and whose variance is biased (divided by n).
 
     Untouched, and named in the report: frozen layers (by class, by `freeze()`, or in evaluation
-    inside a model in training), and layers that no batch reached. Where torch.distributed is
-    initialized the ranks' statistics are merged, so every rank must call it; ranks may differ in
-    their number of batches. Synchronized layers normalize as in training while every rank has a
-    batch, and by each rank's own after that. A model
-    inside DistributedDataParallel runs without it.
+    inside a model in training), and layers that no batch reached. A model inside
+    DistributedDataParallel runs without it.
+
+    With a `process_group` its ranks' data count together, and all get the same buffers, facts and
+    rows, or an error; they may differ in their number of batches. Synchronized layers, whatever
+    their own group, then normalize by the batches of all these ranks while each has one, and by a
+    rank's own after that; without a process_group by this process's, and nobody is waited for.
 
     Args:
         model: any module.
@@ -97,6 +101,8 @@ def recalibrate(
         evaluate: `evaluate(model)` is called in evaluation, before and after.
         copy: work on a deep copy, which is the report's `.model`.
         progress: count batches on stderr.
+        process_group: whose ranks' data count together, and of whose ranks all must call it;
+            `torch.distributed.group.WORLD` for all. None: this process's data alone.
 
     Returns:
         a report with one `Recalibrated` a layer; facts: batches, whether the tolerance was reached
@@ -104,44 +110,56 @@ def recalibrate(
 
     Raises:
         ToolError: an empty loader, statistics that aren't finite, fewer than two values a channel,
-            batches of an unknown form, a model of scripted, quantized or lazy modules.
+            batches of an unknown form, a model of scripted, quantized or lazy modules; an error of
+            another rank.
 
     Source: Wu & Johnson 2021 (arXiv 2105.07576), section 3.
     """
-    given = taken(model, copy)
-    model, run = inner(given), forward or first_input
-    check_only(model, only)
-    check_loader(loader)
-    if tolerance is not None and not tolerance > 0:
-        raise ToolError(
-            f"tolerance must be positive, got {tolerance!r}; None reads the whole loader"
-        )
-    layers, rows = _layers(model, only)
-    if sequential:
-        again(loader, "sequential=True")
+    run = forward or first_input
+    with _together(process_group):
+        given = taken(model, copy)
+        model = inner(given)
+        check_only(model, only)
+        check_loader(loader)
+        if tolerance is not None and not tolerance > 0:
+            raise ToolError(
+                f"tolerance must be positive, got {tolerance!r}; None reads the whole loader"
+            )
+        layers, rows = _layers(model, only)
+        if sequential:
+            again(loader, "sequential=True")
     batches, reached = 0, True
-    seen: dict[str, Spread] = {name: Spread() for name in layers}
+    seen: dict[str, Spread] = {}
     new: dict[str, Moments] = {}
     before = after = None
     with preserved(model, loader), torch.no_grad():
-        all_off(model)
-        before = evaluate(model) if evaluate else None
+        with _together(process_group), _apart(model):
+            all_off(model)
+            before = evaluate(model) if evaluate else None
         if layers:
-            order = [[name] for name in _order(model, layers, loader, run)] if sequential else []
-            for names in order or [list(layers)]:
+            order = [list(layers)]
+            if sequential:
+                order = [[name] for name in _order(model, layers, loader, run, process_group)]
+            for names in order:
                 now = {name: layers[name] for name in names}
-                watched = {name: seen[name] for name in names}
-                with _together():
-                    read = _pass(model, now, watched, loader, run, sequential, tolerance, progress)
-                batches = batches or read
-                reached = reached and _converged(watched, tolerance)
-                merged = _over_ranks({name: w.all for name, w in watched.items()})
-                new.update(merged)
-                for name in merged:
-                    _install(name, layers[name], merged[name])
-        after = evaluate(model) if evaluate else None
+                watched = {name: Spread() for name in names}
+                with _together(process_group):
+                    read = _pass(
+                        *(model, now, watched, loader, run),
+                        *(sequential, tolerance, progress, process_group),
+                    )
+                batches = batches or sum(gathered(read, process_group))
+                merged = _over_ranks(watched, process_group)
+                reached = reached and _converged(merged, tolerance)
+                seen |= merged
+                for name, spread in merged.items():
+                    assert spread.all is not None
+                    new[name] = spread.all
+                    _install(name, layers[name], spread.all)
+        with _together(process_group), _apart(model):
+            after = evaluate(model) if evaluate else None
     for name, layer in layers.items():
-        rows.append(_row(name, layer, seen[name], new.get(name), batches))
+        rows.append(_row(name, layer, seen.get(name), batches))
     with torch.no_grad():
         for name, moments in new.items():
             _write(layers[name], moments, batches)
@@ -186,6 +204,7 @@ def _pass(
     sequential: bool,
     tolerance: float | None,
     progress: bool,
+    process_group: Any,
 ) -> int:
     """Show the loader's batches to the layers; return how many were read."""
     for layer in layers.values():
@@ -194,9 +213,9 @@ def _pass(
     read = 0
     with (
         _hooks(layers, lambda name, x, mask: watched[name].see(x, mask)),
-        closing(_in_step(model, _counted(loader, progress))) as batches,
+        _in_step(model, process_group) as in_step,
     ):
-        for read, batch in enumerate(batches, 1):
+        for read, batch in enumerate(in_step.read(_counted(loader, progress)), 1):
             try:
                 run(model, batch)
             except ValueError as error:
@@ -214,24 +233,87 @@ def _pass(
     return read
 
 
-def _in_step(model: nn.Module, batches: Iterator[Any]) -> Generator[Any]:
-    """The batches; where a rank has no more, layers stop to wait for it, on all ranks at once."""
-    merges = {m: m.merge for m in model.modules() if isinstance(m, _BatchLayer) and m.merge}
-    together = bool(merges) and len(gathered(None)) > 1
-    end = object()
-    try:
-        while True:
-            batch = next(batches, end)
-            if together and not all(gathered(batch is not end)):
-                together = False
-                for layer in merges:
-                    layer.merge = None
-            if batch is end:
-                return
+class _Stopped(Exception):
+    """Another rank goes on elsewhere, so that this one can't."""
+
+
+class _InStep:
+    """Ranks that say where they are before they wait for each other, batch by batch.
+
+    All that they send has one form, so that a rank which fails between two layers meets the others
+    at the next of them.
+    """
+
+    def __init__(self, process_group: Any, layers: dict[_BatchLayer, Merge]) -> None:
+        self._group, self._layers = process_group, layers
+        self._together = process_group is not None and bool(layers)
+        for layer in layers:
+            layer.merge = _Announced(self, process_group, layer) if self._together else None
+
+    def read(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; where a rank has no more, layers stop to wait for it, on all at once."""
+        for batch in batches:
+            self.at("a batch")
             yield batch
+
+    def at(self, place: str) -> None:
+        """Say it, and hear where the others are."""
+        if not self._together:
+            return
+        places = set(gathered(place, self._group))
+        if places == {place}:
+            return
+        self.part()
+        if places != {"a batch", "the end"}:
+            raise _Stopped(f"ranks call synchronized layers differently: {sorted(places)}")
+
+    def end(self) -> None:
+        """Say that no batch follows."""
+        if self._together:
+            gathered("the end", self._group)
+            self.part()
+
+    def part(self) -> None:
+        """Let layers normalize by this rank's batches from now on."""
+        self._together = False
+        for layer in self._layers:
+            layer.merge = None
+
+
+class _Announced(Merge):
+    """Says that its layer is about to merge before it does; errors are told by `_together`."""
+
+    def __init__(self, in_step: _InStep, process_group: Any, layer: _BatchLayer) -> None:
+        super().__init__(process_group, layer)
+        self._in_step = in_step
+
+    def moments(self, own: Tensor, settings: Settings, *, whole: bool) -> BatchMoments:
+        self._in_step.at(f"{self.layer}")
+        return super().moments(own, settings, whole=whole)
+
+    def fail(self, error: Exception, *tensors: Any) -> None:
+        """Nothing is sent yet."""
+
+
+@contextmanager
+def _in_step(model: nn.Module, process_group: Any) -> Iterator[_InStep]:
+    with _apart(model) as merges:
+        in_step = _InStep(process_group, merges)
+        try:
+            yield in_step
+        finally:
+            in_step.end()
+
+
+@contextmanager
+def _apart(model: nn.Module) -> Iterator[dict[_BatchLayer, Merge]]:
+    """No layer waits for other ranks inside."""
+    merges = {m: m.merge for m in model.modules() if isinstance(m, _BatchLayer) and m.merge}
+    for layer in merges:
+        layer.merge = None
+    try:
+        yield merges
     finally:
-        if together:
-            gathered(False)
         for layer, merge in merges.items():
             layer.merge = merge
 
@@ -247,28 +329,39 @@ def _standard_error(watched: Spread) -> float:
 
 
 def _order(
-    model: nn.Module, layers: dict[str, _BatchNorm], loader: Iterable[Any], run: Forward
+    model: nn.Module,
+    layers: dict[str, _BatchNorm],
+    loader: Iterable[Any],
+    run: Forward,
+    process_group: Any,
 ) -> list[str]:
     """The layers in the order in which the first batch reaches them."""
     reached: dict[str, None] = {}
-    with _together(), _hooks(layers, lambda name, x, mask: reached.setdefault(name)):
+    with _together(process_group), _hooks(layers, lambda name, x, mask: reached.setdefault(name)):
         for batch in loader:
             run(model, batch)
             break
-    return next(filter(None, gathered(list(reached))), [])
+    return next(filter(None, gathered(list(reached), process_group)), [])
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _together(process_group: Any) -> Iterator[None]:
     """What one rank raises inside ends it on all ranks, which would else wait for that one."""
+    own: Exception | None = None
     try:
         yield
     except Exception as error:
-        gathered(f"{type(error).__name__}: {error}")
-        raise
-    for rank, said in enumerate(gathered(None)):
+        own = error
+    stopped = isinstance(own, _Stopped)
+    told = None if own is None or stopped else f"{type(own).__name__}: {own}"
+    texts = gathered(told, process_group)
+    if own is not None and not stopped:
+        raise own
+    for rank, said in enumerate(texts):
         if said is not None:
             raise ToolError(f"rank {rank} failed: {said}")
+    if own is not None:
+        raise ToolError(str(own))
 
 
 @contextmanager
@@ -293,16 +386,13 @@ def _hooks(
             handle.remove()
 
 
-def _over_ranks(own: dict[str, Moments | None]) -> dict[str, Moments]:
-    """Each layer's moments over all ranks, the same on each; layers that none reached are out."""
-    on_cpu = {
-        name: m and Moments(m.count.cpu(), m.mean.cpu(), m.m2.cpu()) for name, m in own.items()
-    }
-    merged: dict[str, Moments] = {}
-    for moments_of in gathered(on_cpu):
-        for name, moments in moments_of.items():
-            if moments is not None:
-                merged[name] = merged[name].merge(moments) if name in merged else moments
+def _over_ranks(own: dict[str, Spread], process_group: Any) -> dict[str, Spread]:
+    """What all ranks saw, the same on each; layers that none reached are out."""
+    merged: dict[str, Spread] = {}
+    for seen in gathered({name: spread.cpu() for name, spread in own.items()}, process_group):
+        for name, spread in seen.items():
+            if spread.all is not None:
+                merged[name] = merged[name].merge(spread) if name in merged else spread
     if not merged:
         raise ToolError(
             "no batch reached a layer with running statistics: the loader is empty, or the model "
@@ -344,11 +434,10 @@ def _write(layer: _BatchNorm, moments: Moments, batches: int) -> None:
         layer.num_batches_tracked.fill_(batches)
 
 
-def _row(
-    name: str, layer: _BatchNorm, watched: Spread, new: Moments | None, batches: int
-) -> Recalibrated:
-    if new is None:
+def _row(name: str, layer: _BatchNorm, watched: Spread | None, batches: int) -> Recalibrated:
+    if watched is None or watched.all is None:
         return _left(name, "no batch reached it")
+    new = watched.all
     assert layer.running_mean is not None
     assert layer.running_var is not None
     mean, var = layer.running_mean.to(new.mean), layer.running_var.to(new.mean)
