@@ -53,7 +53,7 @@ def judged(study: Study, folder: Path) -> Section:
         store.close()
     options = {key: identity[key] for key in Config.__dataclass_fields__ if key in identity}
     given = Config(**options, seeds=len({run.seed for run in runs}), out=str(folder))
-    had = {run.arm.partition("@")[0] for run in runs}
+    had = {run.arm for run in runs}
     every = study.arms(given.resolved(study.name, study.length), load_data(given))
     if len(had) < len(every):
         given = replace(given, arms=",".join(arm.name for arm in every if arm.name in had))
