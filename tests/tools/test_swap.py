@@ -104,7 +104,7 @@ def test_there_and_back_gives_the_same_layer():
     assert not net[0].training
     assert net[0].momentum == 0.3
     normkit.swap(net, "batch")
-    assert type(net[0]) is normkit.BatchNorm
+    assert type(net[0]) is normkit.BatchNorm2d
     torch.testing.assert_close(net(x), before)
     assert all(torch.equal(net.state_dict()[k], v) for k, v in state.items())
 
