@@ -194,8 +194,12 @@ def _versions(config: Config) -> dict[str, str]:
 
 def _train(task: Task, shared: list[Any], ours: dict[str, str]) -> Iterator[Report | LabError]:
     """Train in a worker process."""
+    node = f"node {socket.gethostname()}"
     try:
-        theirs = _versions(task.config)
+        try:
+            theirs = _versions(task.config)
+        except LabError as error:
+            raise LabError(f"{node} lacks what the study names: {error}") from None
         if theirs != ours:
             differing = [
                 f"{name} {theirs.get(name)} there and {version} here"
@@ -203,7 +207,7 @@ def _train(task: Task, shared: list[Any], ours: dict[str, str]) -> Iterator[Repo
                 if theirs.get(name) != version
             ]
             raise LabError(
-                f"node {socket.gethostname()} has other versions: {', '.join(differing)}; the same "
+                f"{node} has other versions: {', '.join(differing)}; the same "
                 "numbers come from the same versions only. Install these there"
             )
         yield from work(task, _fetched(shared[0]))
