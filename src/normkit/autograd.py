@@ -98,7 +98,7 @@ def moments(spec: Spec, inputs: Inputs, merge: Merge, settings: Settings) -> Mom
 
         def read() -> Moments:
             with torch.no_grad():
-                own = backend.split(spec, inputs).moments(spec, inputs)
+                own = backend.choose(spec, inputs).moments(spec, inputs)
                 return merge.moments(own, settings, whole=inputs.mask is None)
 
         return recompute.remember(read, moves=False)
@@ -194,7 +194,7 @@ class _NormalizeMerged(torch.autograd.Function):
             inputs = inputs._replace(mean=batch.mean, var=batch.var, rstd=None)
         else:
             dy = _laid_out_like(dy, inputs.x)
-            verbs = backend.split(spec, inputs)
+            verbs = backend.choose(spec, inputs)
         dx = dresidual = None
         sums, dweight, dbias = verbs.sums(spec, inputs, dy)
         if ctx.needs_input_grad[3]:

@@ -42,12 +42,6 @@ def _announce(name: str, missing: str) -> None:
     )
 
 
-def split(spec: Spec, inputs: Inputs) -> ModuleType:
-    """As `choose`, of the backends that have the split verbs."""
-    chosen = choose(spec, inputs)
-    return chosen if hasattr(chosen, "moments") else reference
-
-
 def reasons(spec: Spec, inputs: Inputs) -> list[str]:
     """For each backend, in order of preference: that it takes this call, or why not."""
     return [

@@ -58,8 +58,8 @@ def why_not(spec: Spec, inputs: Inputs) -> str | None:
 def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
     """As `reference.normalize`; the mean is float64, so that it keeps what float32 would drop."""
     x = _dense(spec, inputs.x)
-    weight, bias, mask = _dense_affine(inputs.weight), _dense_affine(inputs.bias), inputs.mask
-    mask = None if mask is None else torch.empty_like(x, dtype=torch.bool).copy_(mask)
+    weight, bias = _dense_affine(inputs.weight), _dense_affine(inputs.bias)
+    mask = _dense_mask(inputs.mask, x)
     if inputs.add is not None:
         return torch.ops.normkit.add_normalize.default(
             x, _like(inputs.add, x), weight, bias, mask, *_constants(spec)
@@ -72,9 +72,8 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
 
 def moments(spec: Spec, inputs: Inputs) -> Tensor:
     """As `reference.moments`."""
-    x, mask = _dense(spec, inputs.x), inputs.mask
-    mask = None if mask is None else torch.empty_like(x, dtype=torch.bool).copy_(mask)
-    return torch.ops.normkit.moments.default(x, mask, *_constants(spec))
+    x = _dense(spec, inputs.x)
+    return torch.ops.normkit.moments.default(x, _dense_mask(inputs.mask, x), *_constants(spec))
 
 
 def normalize_backward(
@@ -121,7 +120,7 @@ def _backward(
 
 
 def _backward_tensors(x: Tensor, inputs: Inputs, dy: Tensor) -> tuple[Tensor | None, ...]:
-    mask, residual, output = inputs.mask, inputs.residual, inputs.output
+    residual, output = inputs.residual, inputs.output
     return (
         _like(dy, x),
         x,
@@ -129,7 +128,7 @@ def _backward_tensors(x: Tensor, inputs: Inputs, dy: Tensor) -> tuple[Tensor | N
         _dense_affine(inputs.bias),
         None if residual is None else _like(residual, x),
         None if output is None else _like(output, x),
-        None if mask is None else torch.empty_like(x, dtype=torch.bool).copy_(mask),
+        _dense_mask(inputs.mask, x),
         inputs.mean,
         inputs.rstd,
     )
@@ -157,6 +156,11 @@ def _like(t: Tensor, x: Tensor) -> Tensor:
     if x.is_contiguous():
         return t.contiguous()
     return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _dense_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask in full, in x's layout."""
+    return None if mask is None else torch.empty_like(x, dtype=torch.bool).copy_(mask)
 
 
 def _dense_affine(parameter: Tensor | None) -> Tensor | None:

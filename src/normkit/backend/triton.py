@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Inputs, Spec, compute_dtype
-from .cpu import DTYPES, _dense, _dense_affine, _like
+from .cpu import DTYPES, _dense, _dense_affine, _dense_mask, _like
 from .triton_plan import WARPS_PER_SM, _power, covers, geometry, launch, shared
 
 DEVICE = "cuda"
@@ -155,10 +155,8 @@ class _Call:
         of_columns = g.outer * g.cols
         self.indices = {"rows": g.rows, "columns": of_columns, "none": self.launch.units}[g.kept]
         self.weight, self.bias = _dense_affine(inputs.weight), _dense_affine(inputs.bias)
-        self.mask = None
-        if inputs.mask is not None:
-            mask = torch.empty_like(x, dtype=torch.bool).copy_(inputs.mask)
-            self.mask = mask.view(torch.uint8)
+        mask = _dense_mask(inputs.mask, x)
+        self.mask = None if mask is None else mask.view(torch.uint8)
 
     def like(self, tensor: Tensor | None) -> Tensor | None:
         """The tensor in x's layout."""
