@@ -110,12 +110,10 @@ def batch_norm(
         return _by_running(
             *(input, running_mean, running_var, affine, eps, act), mask=mask, residual=residual
         )
-    if merge is not None and merge.ranks() == 1:
-        merge = None
+    merge = _of_several(merge)
     ghosts = [(1, input.shape[0])] if ghost_size is None else _ghosts(input.shape[0], ghost_size)
     if ghost_size is None and merge is not None:
-        _check_elements(input, mask, residual)
-        batch = _merged(merge, "batch", input, eps, mask, momentum)
+        batch = _merged(merge, "batch", input, eps, mask, residual, momentum)
         y = _by_merged(merge, batch, input, affine, eps, act, mask, residual)
     elif ghost_size is None:
         check_batch_statistics(input, eps, mask, ghosts)
@@ -193,14 +191,11 @@ def batch_renorm(
         return _by_running(
             *(input, running_mean, running_var, affine, eps, act), mask=mask, residual=residual
         )
-    if merge is not None and merge.ranks() == 1:
-        merge = None
-    _check_elements(input, mask, residual)
-    merged = None
+    merge, merged = _of_several(merge), None
     if merge is None:
         check_batch_statistics(input, eps, mask, [(1, input.shape[0])])
     else:
-        merged = _merged(merge, "renorm", input, eps, mask, momentum)
+        merged = _merged(merge, "renorm", input, eps, mask, residual, momentum)
 
     def correction() -> tuple[Tensor, Tensor]:
         if merged is None:
@@ -532,10 +527,22 @@ def _by_batch(
     return y, statistics.moments(pool, x, mask, mean, var)
 
 
+def _of_several(merge: Merge | None) -> Merge | None:
+    """The merge, or None where it has one rank."""
+    return None if merge is None or merge.ranks() == 1 else merge
+
+
 def _merged(
-    merge: Merge, norm: str, x: Tensor, eps: float, mask: Tensor | None, momentum: float | None
+    merge: Merge,
+    norm: str,
+    x: Tensor,
+    eps: float,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    momentum: float | None,
 ) -> Moments:
-    """The moments of all ranks' batches together."""
+    """The moments of all ranks' batches together; what could fail later is checked before."""
+    _check_elements(x, mask, residual)
     check_positive_eps(eps)
     spec = Spec(BATCH, eps, given=True)
     settings = _settings(norm, x, eps, momentum)

@@ -119,10 +119,11 @@ class _BatchLayer(_Norm, _BatchNorm):
             self._warn_if_exported()
         if moving and self.micro_batches > 1:
             own |= {"pending": self._pending(), "micro_batches": self.micro_batches}
+        call = self._call
         if self.merge is not None and self._merges(by_running):
-            own["merge"] = self.merge
+            call, own["merge"] = self._call_together, self.merge
         read = by_running or moving
-        return self._call(
+        return call(
             function,
             input,
             self.running_mean if read else None,
@@ -140,13 +141,13 @@ class _BatchLayer(_Norm, _BatchNorm):
             **own,
         )
 
-    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call_together(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """As `_call`, and an error is told to the ranks that wait for this one."""
         try:
-            return super()._call(function, *args, **kwargs)
+            return self._call(function, *args, **kwargs)
         except (ValueError, TypeError) as error:
-            if "merge" in kwargs:
-                own = (*self.buffers(), *self.parameters())
-                super()._call(kwargs["merge"].fail, error.__cause__, *own, *args)
+            own = (*self.buffers(), *self.parameters())
+            self._call(kwargs["merge"].fail, error.__cause__, *own, *args)
             raise
 
     def _formula(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
