@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.fx
 from torch import Tensor
 
 from .layers import _Norm
+from .moments import Moments
 from .sync import gathered
 
 
@@ -122,8 +122,8 @@ class Standardize(_Norm):
 
     def _seen(
         self, data: Tensor | Iterable[Any], pick: Callable[[Any], Tensor] | None
-    ) -> _Moments | None:
-        total: _Moments | None = None
+    ) -> Moments | None:
+        total: Moments | None = None
         for batch in [data] if isinstance(data, Tensor) else data:
             x = batch if pick is None else pick(batch)
             if not isinstance(x, Tensor):
@@ -133,7 +133,7 @@ class Standardize(_Norm):
                     "pick=lambda batch: batch[0]"
                 )
             moments = self._call(_moments, x, self.shape, self.channels_first, self.ignore_nan)
-            total = moments if total is None else _merge(total, moments)
+            total = moments if total is None else total.merge(moments)
         return total
 
     def _seen_by_all(
@@ -141,19 +141,19 @@ class Standardize(_Norm):
         data: Tensor | Iterable[Any],
         pick: Callable[[Any], Tensor] | None,
         process_group: Any,
-    ) -> _Moments | None:
+    ) -> Moments | None:
         """What all ranks have seen, merged in their order; what one raises, all raise."""
         try:
             own = self._seen(data, pick)
         except Exception as error:
             gathered(f"{type(error).__name__}: {error}", process_group)
             raise
-        total: _Moments | None = None
+        total: Moments | None = None
         for rank, seen in enumerate(gathered(own and own.cpu(), process_group)):
             if isinstance(seen, str):
                 raise RuntimeError(f"{self}: rank {rank} failed: {seen}")
             if seen is not None:
-                total = seen if total is None else _merge(total, seen)
+                total = seen if total is None else total.merge(seen)
         return total
 
     def forward(self, input: Tensor) -> Tensor:
@@ -188,17 +188,7 @@ class Standardize(_Norm):
         self._fitted = bool((self.count > 0).all())
 
 
-@dataclass(frozen=True, slots=True)
-class _Moments:
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-
-    def cpu(self) -> _Moments:
-        return _Moments(self.count.cpu(), self.mean.cpu(), self.m2.cpu())
-
-
-def _moments(x: Tensor, shape: tuple[int, ...], channels_first: bool, ignore_nan: bool) -> _Moments:
+def _moments(x: Tensor, shape: tuple[int, ...], channels_first: bool, ignore_nan: bool) -> Moments:
     first = _first_axis(x, shape, channels_first)
     axes = tuple(i for i in range(x.dim()) if not first <= i < first + len(shape))
     spread = [1 if i in axes else n for i, n in enumerate(x.shape)]
@@ -211,22 +201,14 @@ def _moments(x: Tensor, shape: tuple[int, ...], channels_first: bool, ignore_nan
     if missing.any() and not ignore_nan:
         raise ValueError(f"NaN in {_at(missing)} of the data; ignore_nan=True leaves them out")
     if x.numel() == 0:
-        return _Moments(count, count.double(), count.double())
+        return Moments(count.double(), count.double(), count.double())
     # Shifted by a value of its own, a constant feature is 0 throughout: its m2 is 0 exactly.
     low = torch.where(valid, x, torch.inf).amin(axes)
     low = torch.where(count > 0, low, 0)
     x = torch.where(valid, x - low.reshape(spread), 0)
     mean = x.sum(axes) / count.clamp(min=1)
     x = torch.where(valid, x - mean.reshape(spread), 0)
-    return _Moments(count, low + mean, x.square().sum(axes))
-
-
-def _merge(a: _Moments, b: _Moments) -> _Moments:
-    """The moments of two sets together."""
-    count = a.count + b.count
-    share = b.count.double() / count.clamp(min=1)
-    delta = b.mean - a.mean
-    return _Moments(count, a.mean + delta * share, a.m2 + b.m2 + delta.square() * a.count * share)
+    return Moments(count.double(), low + mean, x.square().sum(axes))
 
 
 def _standardize(x: Tensor, mean: Tensor, std: Tensor, channels_first: bool) -> Tensor:

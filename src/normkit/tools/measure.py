@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from .flow import Flow, Op
 from .model import Forward, all_off
-from .moments import Spread
 from .norms import Norm, is_frozen, is_norm, read
+from .spread import Spread
 
 _SAMPLES = 4000
 """Values of a layer's input and output that are kept for the page's histograms."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import BatchRenorm, _BatchLayer
-from ..statistics import Moments as BatchMoments
-from ..sync import Merge, Settings, gathered
+from ..layers import BatchRenorm
+from ..moments import Moments
+from ..sync import gathered
 from .model import (
     Forward,
     Only,
@@ -30,8 +30,9 @@ from .model import (
     preserved,
     taken,
 )
-from .moments import Moments, Spread
 from .norms import is_frozen, is_norm
+from .ranks import apart, in_step, together
+from .spread import Spread
 from .table import Report
 
 _FEWEST_BATCHES = 8
@@ -116,7 +117,7 @@ def recalibrate(
     Source: Wu & Johnson 2021 (arXiv 2105.07576), section 3.
     """
     run = forward or first_input
-    with _together(process_group):
+    with together(process_group):
         given = taken(model, copy)
         model = inner(given)
         check_only(model, only)
@@ -133,7 +134,7 @@ def recalibrate(
     new: dict[str, Moments] = {}
     before = after = None
     with preserved(model, loader), torch.no_grad():
-        with _together(process_group), _apart(model):
+        with together(process_group), apart(model):
             all_off(model)
             before = evaluate(model) if evaluate else None
         if layers:
@@ -143,7 +144,7 @@ def recalibrate(
             for names in order:
                 now = {name: layers[name] for name in names}
                 watched = {name: Spread() for name in names}
-                with _together(process_group):
+                with together(process_group):
                     read = _pass(
                         *(model, now, watched, loader, run),
                         *(sequential, tolerance, progress, process_group),
@@ -156,7 +157,7 @@ def recalibrate(
                     assert spread.all is not None
                     new[name] = spread.all
                     _install(name, layers[name], spread.all)
-        with _together(process_group), _apart(model):
+        with together(process_group), apart(model):
             after = evaluate(model) if evaluate else None
     for name, layer in layers.items():
         rows.append(_row(name, layer, seen.get(name), batches))
@@ -213,9 +214,9 @@ def _pass(
     read = 0
     with (
         _hooks(layers, lambda name, x, mask: watched[name].see(x, mask)),
-        _in_step(model, process_group) as in_step,
+        in_step(model, process_group) as ranks,
     ):
-        for read, batch in enumerate(in_step.read(_counted(loader, progress)), 1):
+        for read, batch in enumerate(ranks.read(_counted(loader, progress)), 1):
             try:
                 run(model, batch)
             except ValueError as error:
@@ -231,91 +232,6 @@ def _pass(
     for layer in layers.values():
         layer.training = False
     return read
-
-
-class _Stopped(Exception):
-    """Another rank goes on elsewhere, so that this one can't."""
-
-
-class _InStep:
-    """Ranks that say where they are before they wait for each other, batch by batch.
-
-    All that they send has one form, so that a rank which fails between two layers meets the others
-    at the next of them.
-    """
-
-    def __init__(self, process_group: Any, layers: dict[_BatchLayer, Merge]) -> None:
-        self._group, self._layers = process_group, layers
-        self._together = process_group is not None and bool(layers)
-        for layer in layers:
-            layer.merge = _Announced(self, process_group, layer) if self._together else None
-
-    def read(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches; where a rank has no more, layers stop to wait for it, on all at once."""
-        for batch in batches:
-            self.at("a batch")
-            yield batch
-
-    def at(self, place: str) -> None:
-        """Say it, and hear where the others are."""
-        if not self._together:
-            return
-        places = set(gathered(place, self._group))
-        if places == {place}:
-            return
-        self.part()
-        if places != {"a batch", "the end"}:
-            raise _Stopped(f"ranks call synchronized layers differently: {sorted(places)}")
-
-    def end(self) -> None:
-        """Say that no batch follows."""
-        if self._together:
-            gathered("the end", self._group)
-            self.part()
-
-    def part(self) -> None:
-        """Let layers normalize by this rank's batches from now on."""
-        self._together = False
-        for layer in self._layers:
-            layer.merge = None
-
-
-class _Announced(Merge):
-    """Says that its layer is about to merge before it does; errors are told by `_together`."""
-
-    def __init__(self, in_step: _InStep, process_group: Any, layer: _BatchLayer) -> None:
-        super().__init__(process_group, layer)
-        self._in_step = in_step
-
-    def moments(self, own: Tensor, settings: Settings, *, whole: bool) -> BatchMoments:
-        self._in_step.at(f"{self.layer}")
-        return super().moments(own, settings, whole=whole)
-
-    def fail(self, error: Exception, *tensors: Any) -> None:
-        """Nothing is sent yet."""
-
-
-@contextmanager
-def _in_step(model: nn.Module, process_group: Any) -> Iterator[_InStep]:
-    with _apart(model) as merges:
-        in_step = _InStep(process_group, merges)
-        try:
-            yield in_step
-        finally:
-            in_step.end()
-
-
-@contextmanager
-def _apart(model: nn.Module) -> Iterator[dict[_BatchLayer, Merge]]:
-    """No layer waits for other ranks inside."""
-    merges = {m: m.merge for m in model.modules() if isinstance(m, _BatchLayer) and m.merge}
-    for layer in merges:
-        layer.merge = None
-    try:
-        yield merges
-    finally:
-        for layer, merge in merges.items():
-            layer.merge = merge
 
 
 def _converged(watched: dict[str, Spread], tolerance: float | None) -> bool:
@@ -337,31 +253,11 @@ def _order(
 ) -> list[str]:
     """The layers in the order in which the first batch reaches them."""
     reached: dict[str, None] = {}
-    with _together(process_group), _hooks(layers, lambda name, x, mask: reached.setdefault(name)):
+    with together(process_group), _hooks(layers, lambda name, x, mask: reached.setdefault(name)):
         for batch in loader:
             run(model, batch)
             break
     return next(filter(None, gathered(list(reached), process_group)), [])
-
-
-@contextmanager
-def _together(process_group: Any) -> Iterator[None]:
-    """What one rank raises inside ends it on all ranks, which would else wait for that one."""
-    own: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        own = error
-    stopped = isinstance(own, _Stopped)
-    told = None if own is None or stopped else f"{type(own).__name__}: {own}"
-    texts = gathered(told, process_group)
-    if own is not None and not stopped:
-        raise own
-    for rank, said in enumerate(texts):
-        if said is not None:
-            raise ToolError(f"rank {rank} failed: {said}")
-    if own is not None:
-        raise ToolError(str(own))
 
 
 @contextmanager

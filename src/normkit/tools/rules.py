@@ -12,7 +12,8 @@ from torch import nn
 
 from .flow import LINEAR
 from .measure import Facts, Layer
-from .moments import Spread
+from .norms import is_synchronized
+from .spread import Spread
 
 Found = Iterator[tuple[str, str, str]]
 """(layer, what was measured, the line that mends it) for each finding."""
@@ -231,8 +232,7 @@ def padding(facts: Facts, threshold: float) -> Found:
 def local_statistics(facts: Facts, threshold: float) -> Found:
     """Batch statistics of each rank alone, at a small batch."""
     for layer in facts.layers:
-        merged = getattr(layer.module, "merge", None) is not None
-        local = layer.uses_batch and layer.norm and layer.norm.kind != "sync" and not merged
+        local = layer.uses_batch and layer.norm and not is_synchronized(layer.module)
         if facts.ranks > 1 and local and layer.samples < threshold:
             yield (
                 layer.name,
