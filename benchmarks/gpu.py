@@ -267,11 +267,7 @@ def row(case: Case, times: dict[str, list[float]], copy: float) -> dict[str, Any
     """What is kept of a case: of each contestant its time, rate, share of the copy, and ratio."""
     once, twice = moved(case)
     kept: dict[str, Any] = {
-        "norm": case.norm.name,
-        "shape": list(case.shape),
-        "layout": case.layout,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "mode": case.mode,
+        **harness.described(case),
         "size": "large" if is_large(case) else "small",
         "bytes": once,
         "bytes with second reads": twice,

@@ -5,17 +5,21 @@ import sqlite3
 from pathlib import Path
 
 
+def rows_in(database: Path, query: str):
+    """What a query finds, as another process sees it; nothing where there is nothing yet."""
+    try:
+        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+        found = connection.execute(query).fetchall()
+        connection.close()
+    except sqlite3.OperationalError:
+        return []
+    return found
+
+
 def checkpoints(folder: Path):
     """The step of every checkpoint that is there, by arm and seed, as another process sees it."""
-    try:
-        database = sqlite3.connect(f"file:{folder / 'results.sqlite'}?mode=ro", uri=True)
-        rows = database.execute(
-            "select arm, seed, checkpoint_step from run where checkpoint is not null"
-        ).fetchall()
-        database.close()
-    except sqlite3.OperationalError:
-        return {}
-    return {(arm, seed): step for arm, seed, step in rows}
+    query = "select arm, seed, checkpoint_step from run where checkpoint is not null"
+    return {(arm, seed): step for arm, seed, step in rows_in(folder / "results.sqlite", query)}
 
 
 def steps_told(lines: str):

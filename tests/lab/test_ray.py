@@ -21,8 +21,6 @@ from normkit.lab.config import Config
 from normkit.lab.engine.cluster import Cluster
 from normkit.lab.errors import LabError
 
-pytest.importorskip("ray")
-
 LONG = ("--steps", 1500, "--eval-every", 50, "--seeds", 2, "--arms", "none,batch", "--json")
 MODULES = {
     "mine.py": "import parts\n\ndef net(norm):\n    return parts.network(norm)\n",

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from folders import curves
+from folders import curves, rows_in
 
 FAST = ("--steps", 60, "--eval-every", 10, "--seeds", 1, "--arms", "none,batch", "--jobs", 1)
 
@@ -99,15 +99,9 @@ def start(folder, *words):
 
 def progress_in(path):
     """Steps written, runs begun and checkpoints kept, as another process sees them."""
-    try:
-        database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-        found = database.execute(
-            "select sum(step), sum(step > 0), sum(checkpoint is not null) from run"
-        ).fetchone()
-        database.close()
-    except sqlite3.OperationalError:
-        return 0, 0, 0
-    return tuple(value or 0 for value in found)
+    query = "select sum(step), sum(step > 0), sum(checkpoint is not null) from run"
+    found = rows_in(path, query)
+    return tuple(value or 0 for value in found[0]) if found else (0, 0, 0)
 
 
 @pytest.mark.parametrize(("jobs", "whole_group"), [(1, False), (2, True)])

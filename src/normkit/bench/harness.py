@@ -124,14 +124,21 @@ def ratio(times: dict[str, list[float]], ours: str, theirs: str) -> float:
     return statistics.median(a / b for a, b in zip(times[ours], times[theirs], strict=True))
 
 
-def row(case: Case, times: dict[str, list[float]]) -> dict[str, Any]:
-    """What is kept of a case; every entry but `floor_ms` is a ratio of times of this run."""
-    kept: dict[str, Any] = {
+def described(case: Case) -> dict[str, Any]:
+    """Which case it is."""
+    return {
         "norm": case.norm.name,
         "shape": list(case.shape),
         "layout": case.layout,
         "dtype": str(case.dtype).removeprefix("torch."),
         "mode": case.mode,
+    }
+
+
+def row(case: Case, times: dict[str, list[float]]) -> dict[str, Any]:
+    """What is kept of a case; every entry but `floor_ms` is a ratio of times of this run."""
+    kept: dict[str, Any] = {
+        **described(case),
         "bytes": case.bytes,
         "rounds": len(times["floor"]),
         "floor_ms": round(statistics.median(times["floor"]) * 1e3, 4),

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from normkit.lab.errors import LabError
-from normkit.layers import BatchNorm, _BatchLayer
+from normkit.layers import _BatchLayer
 from normkit.tools.swap import swap
 
 Sent = TypeVar("Sent")
@@ -154,7 +154,7 @@ def synced(model: nn.Module, stats: str | None) -> nn.Module:
         return model
 
     def foreign(name: str, layer: nn.Module) -> bool:
-        return isinstance(layer, _BatchNorm) and not hasattr(layer, "synchronize")
+        return isinstance(layer, _BatchNorm) and not isinstance(layer, _BatchLayer)
 
     report = swap(model, "sync", only=foreign)
     for row in report.rows:
@@ -166,8 +166,8 @@ def synced(model: nn.Module, stats: str | None) -> nn.Module:
     model = report.model
     for layer in model.modules():
         # Those of normkit stay what they are: ghosts and corrections too have ranks.
-        if isinstance(layer, _BatchNorm):
-            cast(BatchNorm, layer).synchronize()
+        if isinstance(layer, _BatchLayer):
+            layer.synchronize()
     return model
 
 
