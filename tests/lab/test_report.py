@@ -11,14 +11,26 @@ from playwright import sync_api as browser_api
 
 from normkit.lab.config import Config
 from normkit.lab.data import load_data
+from normkit.lab.figures import Axis, Interval, intervals
 from normkit.lab.page import SCRIPT
 from normkit.lab.report import Section, embedded, page, raw_numbers
 from normkit.lab.store import Run, Store
 from normkit.lab.studies.speed import ARMS, STUDY
 from normkit.lab.study import Evidence
 from normkit.lab.train import Task, train
+from normkit.lab.verdict import Estimate
 
 NASTY = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
+
+
+EFFECTS = intervals(
+    name="effects",
+    title="Effects",
+    caption="",
+    alt="",
+    rows=[Interval("after the activation: both against neither", 1, Estimate(0.9, 0.65, 1.9, 6))],
+    x=Axis("ratio of steps to the target", log=True),
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +54,8 @@ def report(tmp_path_factory):
     store.close()
     path = folder / "report.html"
     path.write_text(page([section]), "utf-8")
-    twins = [section, replace(section, study=replace(STUDY, name="twin"))]
+    more = replace(findings, figures=[*findings.figures, EFFECTS])
+    twins = [section, replace(section, study=replace(STUDY, name="twin"), findings=more)]
     many = folder / "many.html"
     many.write_text(page(twins, {"batch-size": f"12 samples don't fill a batch {NASTY}"}), "utf-8")
     return path, runs, findings, many
@@ -103,6 +116,12 @@ def test_it_opens_offline_without_a_word_on_the_console(opened, width, scheme, w
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
     # Nothing is wider than the page.
     assert tab.evaluate("document.documentElement.scrollWidth") == width
+    titles = "[...document.querySelectorAll('.xtitle')].map(t => t.getBoundingClientRect().right)"
+    assert 0 < max(tab.evaluate(titles)) <= width
+
+
+def test_a_narrow_range_of_ratios_has_ticks_beside_1():
+    assert EFFECTS.layout["xaxis"]["tickvals"] == [0.7, 1, 1.5]
 
 
 def test_the_expected_traces_are_drawn(opened, report):

@@ -431,11 +431,16 @@ def _wider(first: float, last: float) -> list[float]:
 
 def _ticks(first: float, last: float, most: int) -> list[float]:
     exponents = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
-    for mantissas in ((1, 2, 5), (1,)):
-        ticks = [float(f"{m}e{e}") for e in exponents for m in mantissas]
-        ticks = [tick for tick in ticks if first * 0.999 <= tick <= last * 1.001]
-        if len(ticks) <= most:
-            break
+
+    def between(*mantissas: float) -> list[float]:
+        every = [float(f"{m}e{e}") for e in exponents for m in mantissas]
+        return [tick for tick in every if first * 0.999 <= tick <= last * 1.001]
+
+    ticks = between(1, 2, 5)
+    if len(ticks) < 3:
+        ticks = between(1, 1.5, 2, 3, 5, 7)
+    elif len(ticks) > most:
+        ticks = between(1)
     return ticks[:: max(1, -(-len(ticks) // most))]
 
 

@@ -148,10 +148,13 @@ function endLabels(traces, height, range, place) {
   }));
 }
 
-// A title too long for a phone goes on in a second line.
-function wrapped(text) {
-  const at = text.length > 34 ? text.lastIndexOf(" ", 34) : -1;
-  return at < 0 ? text : text.slice(0, at) + "<br>" + text.slice(at + 1);
+// A title too long for a phone goes on in further lines.
+function wrapped(text, most) {
+  return text.split(" ").reduce((lines, word) => {
+    const longer = `${lines.at(-1)} ${word}`.trim();
+    const full = lines.at(-1) && longer.length > most;
+    return full ? [...lines, word] : [...lines.slice(0, -1), longer];
+  }, [""]).join("<br>");
 }
 
 // Panels that stand side by side on a wide screen are put one below the other on a narrow one.
@@ -191,6 +194,8 @@ function draw() {
     const traces = coloured(figure.traces, palette);
     const {names, headings, ...layout} = coloured(figure.layout, palette);
     const panels = narrow.matches ? stacked(traces, layout, headings) : 1;
+    // Beside the names of intervals a phone has little room.
+    const beside = names === "none";
     const ends = names === "ends" && !narrow.matches;
     const legend = names === "below" || (names === "ends" && narrow.matches);
     const axis = {
@@ -200,7 +205,7 @@ function draw() {
     for (const key of Object.keys(layout)) {
       if (/^[xy]axis/.test(key)) layout[key] = {...axis, ...layout[key]};
       if (/^xaxis/.test(key) && narrow.matches && layout[key].title) {
-        layout[key].title = {text: wrapped(layout[key].title.text)};
+        layout[key].title = {text: wrapped(layout[key].title.text, beside ? 15 : 34)};
       }
     }
     const entries = traces.filter((t) => t.meta === "line" && t.showlegend !== false).length;
