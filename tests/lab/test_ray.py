@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 from folders import checkpoints, curves, steps_told
 from two_nodes import ENVIRONMENT
@@ -160,6 +161,7 @@ def test_settings_of_ray_are_gone_with_the_engine(monkeypatch):
     with pytest.raises(LabError, match="no Ray cluster can be reached"), closing(cluster):
         assert cluster.width
     assert dict(os.environ) == before
+    assert not ray.is_initialized()
 
 
 def test_an_address_without_a_cluster_is_refused_within_seconds(study):
