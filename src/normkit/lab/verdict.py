@@ -60,10 +60,10 @@ class Verdict:
     because: str
 
 
-def headline(verdicts: Sequence[Verdict]) -> str:
-    """Return the verdicts in one line."""
+def headline(verdicts: Sequence[Verdict], nothing: str = "no comparison was run") -> str:
+    """Return the verdicts in one line; `nothing` where there are none."""
     said = [f"{verdict.claim.lower()}: {verdict.word}" for verdict in verdicts]
-    return "; ".join(said) or "no comparison was run"
+    return "; ".join(said) or nothing
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -40,7 +40,7 @@ from normkit.lab.models import norms
 from normkit.lab.probe import Probe
 from normkit.lab.store import Run
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import Estimate, Verdict, estimate, settled_by, word
+from normkit.lab.verdict import Estimate, Verdict, estimate, headline, settled_by, word
 
 SIZES = (2, 4, 8, 32, 128)
 LARGE = 32
@@ -170,9 +170,8 @@ def judge(evidence: Evidence) -> Findings:
             text += settled_by(beyond)
         claim = f"{label.capitalize()} {'needs' if needs else 'does without'} a large batch"
         verdicts.append(Verdict(claim, outcome, text))
-    said = [f"{verdict.claim.lower()}: {verdict.word}" for verdict in verdicts]
     return Findings(
-        headline="; ".join(said) or "no comparison was run",
+        headline=headline(verdicts),
         verdicts=verdicts,
         columns=[
             "Arm",

@@ -35,7 +35,7 @@ from normkit.lab.models import norms
 from normkit.lab.probe import Probe
 from normkit.lab.store import Run
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import Verdict, estimate, negligible, settled_by, word
+from normkit.lab.verdict import Verdict, estimate, headline, negligible, settled_by, word
 from normkit.tools.recalibrate import recalibrate
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -158,7 +158,7 @@ def judge(evidence: Evidence) -> Findings:
     runs = [run for run in evidence.runs["batch"] if run.found]
     verdicts = _verdicts(runs) if runs else []
     return Findings(
-        headline="; ".join(f"{v.claim.lower()}: {v.word}" for v in verdicts) or "no run finished",
+        headline=headline(verdicts, "no run finished"),
         verdicts=verdicts,
         columns=[
             "Arm",

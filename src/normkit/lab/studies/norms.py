@@ -43,7 +43,7 @@ from normkit.lab.models import check
 from normkit.lab.probe import Probe
 from normkit.lab.store import Run
 from normkit.lab.study import Evidence, Figure, Findings, Study
-from normkit.lab.verdict import Verdict, compare, estimate, settled_by
+from normkit.lab.verdict import Verdict, compare, estimate, headline, settled_by
 
 ARMS = (
     Arm("none", "no norm"),
@@ -129,7 +129,7 @@ def judge(evidence: Evidence) -> Findings:
         ]
     absent = [arm.label for arm in ARMS if arm.name not in labels]
     return Findings(
-        headline="; ".join(f"{v.claim.lower()}: {v.word}" for v in verdicts) or "nothing compared",
+        headline=headline(verdicts, "nothing compared"),
         verdicts=verdicts,
         columns=[
             "Arm",

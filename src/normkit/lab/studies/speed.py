@@ -51,7 +51,7 @@ from normkit.lab.measures import (
 )
 from normkit.lab.store import Run
 from normkit.lab.study import Evidence, Figure, Findings, Study
-from normkit.lab.verdict import Estimate, Verdict, all_of, estimate, word
+from normkit.lab.verdict import Estimate, Verdict, all_of, estimate, headline, word
 
 ARMS = (
     Arm("none", "no norm"),
@@ -97,7 +97,8 @@ def judge(evidence: Evidence) -> Findings:
         verdicts.append(_control(config, reached))
     rows = [_row(config, arm, runs[arm.name], reached) for arm in evidence.arms]
     return Findings(
-        headline=_headline(verdicts),
+        headline=headline([v for v in verdicts if not v.claim.startswith("Control")])
+        + ", on this data",
         verdicts=verdicts,
         columns=[
             "Arm",
@@ -223,11 +224,6 @@ def _control(config: Config, reached: Mapping[str, Mapping[int, float]]) -> Verd
     else:
         text += "."
     return Verdict("Control (A/A)", found, text)
-
-
-def _headline(verdicts: Sequence[Verdict]) -> str:
-    said = [f"{v.claim.lower()}: {v.word}" for v in verdicts if not v.claim.startswith("Control")]
-    return ("; ".join(said) or "no comparison was run") + ", on this data"
 
 
 def _row(
