@@ -38,6 +38,7 @@ struct Call {
   const void *weight, *bias;  // compute dtype, never null
   double eps;
   bool center, given;
+  bool stream;  // what is written is too large to be found in a cache later
   Act act;
   double* mean;    // per pool; read where given, or in a backward
   void *rstd, *var;  // per pool, compute dtype; rstd is read where given

@@ -16,6 +16,9 @@
 namespace normkit::NORMKIT_ISA {
 
 constexpr int64_t kBlock = 2048;          // elements whose sums are kept in T
+constexpr int64_t kSome = 256;            // elements whose mean stands for a block's at first
+constexpr int64_t kSomeRows = 8;          // rows that do so down columns
+constexpr int64_t kSeveral = 16;          // short pools whose statistics are finished together
 constexpr int64_t kGrain = 16384;         // elements below which a thread isn't worth starting
 constexpr int64_t kTile = 512;            // columns of a tile
 constexpr int64_t kTileElements = 32768;  // elements of a block of a tile
@@ -28,12 +31,14 @@ template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {
   if (n <= grain || n <= 1) {
     if (n > 0) f(0, n);
+    streamed();
     return;
   }
   parallel(
       n, grain,
       [](int64_t begin, int64_t end, void* context) {
         (*static_cast<const F*>(context))(begin, end);
+        streamed();
       },
       const_cast<void*>(static_cast<const void*>(&f)));
 }
@@ -77,6 +82,7 @@ struct Moments {
 // The vectors of the 64 bytes at j: whole ones, or what of them lies before n.
 template <class T, class F>
 NORMKIT_INLINE void step(int slot, int64_t j, F f) {
+  NORMKIT_UNROLL
   for (int p = 0; p < kParts; ++p) f(slot * kParts + p, j + p * Vec<T>::kLanes, Whole());
 }
 
@@ -167,6 +173,7 @@ struct Pointers {
   const S *x, *residual, *dy, *dtotal, *output;
   S *y, *dx, *dz;
   const uint8_t* mask;
+  bool stream;
 
   explicit Pointers(const Call& c)
       : x(static_cast<const S*>(c.x)),
@@ -177,7 +184,8 @@ struct Pointers {
         y(static_cast<S*>(c.y)),
         dx(static_cast<S*>(c.dx)),
         dz(static_cast<S*>(c.dz)),
-        mask(c.mask) {}
+        mask(c.mask),
+        stream(c.stream) {}
 };
 
 // What a kernel is compiled for: the epilogue and the mask cost nothing where there are none.
@@ -205,13 +213,23 @@ struct Core {
     return K == kMasked ? select(p.mask + at, x, part) : x;
   }
 
+  static NORMKIT_INLINE void put(const Pointers<S>& p, S* to, V v, Whole) {
+    if (p.stream && reinterpret_cast<uintptr_t>(to) % (V::kLanes * sizeof(S)) == 0)
+      M::stream(to, v);
+    else
+      M::store(to, v, Whole());
+  }
+  static NORMKIT_INLINE void put(const Pointers<S>&, S* to, V v, Part part) {
+    M::store(to, v, part);
+  }
+
   // y from z, the affine's result.
   template <class P>
   static NORMKIT_INLINE void finish(const Pointers<S>& p, Act act, int64_t at, P part, V z) {
     if (p.residual) z = z + M::load(p.residual + at, part);
     if constexpr (K != kBare) z = activate(act, z);
     if constexpr (K == kMasked) z = select(p.mask + at, z, part);
-    M::store(p.y + at, z, part);
+    put(p, p.y + at, z, part);
   }
 
   // dz = dy * act'(z); z is the affine's result.
@@ -231,8 +249,8 @@ struct Core {
   static NORMKIT_INLINE void write(const Pointers<S>& p, int64_t at, P part, V dx, V dz) {
     if constexpr (K == kMasked) dx = select(p.mask + at, dx, part);
     if (p.dtotal) dx = dx + M::load(p.dtotal + at, part);
-    M::store(p.dx + at, dx, part);
-    if (p.dz) M::store(p.dz + at, dz, part);
+    put(p, p.dx + at, dx, part);
+    if (p.dz) put(p, p.dz + at, dz, part);
   }
 
   // x = base + add, for n elements.
@@ -255,16 +273,33 @@ struct Core {
     return !(squares <= 3e38f) || (c.eps < 1e-20 && squares < n * 1e-30);
   }
 
-  static void finish_moments(const Call& c, const Moments& m, int64_t pool) {
-    double var = m.n > 0 ? m.m2 / m.n : 0;
-    c.mean[pool] = m.mean;
+  // Sums of d and d² about a mean from which the true one is less than 1.7 standard deviations
+  // away: taking n times the square of the rest from the latter costs them two bits at most.
+  static NORMKIT_INLINE bool near(double n, double left, double squares) {
+    return left * left <= 0.75 * n * squares;
+  }
+
+  // The results of `pools` pools from `first` on: all at once, since roots and quotients are slow.
+  static void finish_moments(const Call& c, int64_t first, int64_t pools, const double* n,
+                             const double* mean, const double* m2) {
+    for (int64_t i = 0; i < pools; ++i) c.mean[first + i] = mean[i];
     if (c.count) {
-      c.count[pool] = m.n;
-      c.variance[pool] = var;
+      for (int64_t i = 0; i < pools; ++i) {
+        c.count[first + i] = n[i];
+        c.variance[first + i] = n[i] > 0 ? m2[i] / n[i] : 0;
+      }
       return;
     }
-    static_cast<T*>(c.var)[pool] = static_cast<T>(var);
-    static_cast<T*>(c.rstd)[pool] = static_cast<T>(1 / std::sqrt(var + c.eps));
+    T *vars = static_cast<T*>(c.var) + first, *rstds = static_cast<T*>(c.rstd) + first;
+    const double eps = c.eps;
+    for (int64_t i = 0; i < pools; ++i) {
+      double var = n[i] > 0 ? m2[i] / n[i] : 0;
+      vars[i] = static_cast<T>(var);
+      rstds[i] = static_cast<T>(1 / std::sqrt(var + eps));
+    }
+  }
+  static void finish_moments(const Call& c, int64_t pool, const Moments& m) {
+    finish_moments(c, pool, 1, &m.n, &m.mean, &m.m2);
   }
 };
 
@@ -290,11 +325,18 @@ struct RowKernel : Core<S, K> {
   };
   struct Block {
     int64_t segment, runs, begin, size;
-    Block(const Blocks& b, int64_t i)
-        : segment(b.pieces > 1 ? i / b.pieces : i * b.together),
-          runs(b.pieces > 1 ? 1 : min(b.together, b.segments - segment)),
-          begin(b.pieces > 1 ? i % b.pieces * kBlock : 0),
-          size(min(kBlock, b.length - begin)) {}
+    NORMKIT_INLINE Block(const Blocks& b, int64_t i) {
+      if (b.pieces > 1) {
+        segment = b.segments == 1 ? 0 : i / b.pieces;
+        runs = 1;
+        begin = (i - segment * b.pieces) * kBlock;
+      } else {
+        segment = i * b.together;
+        runs = min(b.together, b.segments - segment);
+        begin = 0;
+      }
+      size = min(kBlock, b.length - begin);
+    }
   };
 
   const Rows g;
@@ -322,13 +364,14 @@ struct RowKernel : Core<S, K> {
     return (g.period == 1 ? 0 : pool % g.period) * g.pool_step + segment * g.segment_step;
   }
 
+  // x̂ = (x - mean) * rstd - lag; the lag is what rounding the mean to T left of it.
   struct Standard {
-    T mean, rest, rstd;
+    T mean, rstd, lag;
     Standard(const Call& c, int64_t pool)
         : mean(static_cast<T>(c.mean[pool])),
-          rest(c.center ? static_cast<T>(c.mean[pool] - mean) : T(0)),
-          rstd(static_cast<T*>(c.rstd)[pool]) {}
-    NORMKIT_INLINE V centered(V x) const { return (x - V(mean)) - V(rest); }
+          rstd(static_cast<T*>(c.rstd)[pool]),
+          lag(c.center ? static_cast<T>((c.mean[pool] - mean) * rstd) : T(0)) {}
+    NORMKIT_INLINE V standard(V x) const { return fma(x - V(mean), V(rstd), -V(lag)); }
   };
 
   double count(int64_t pool, const Block& b) const {
@@ -347,51 +390,73 @@ struct RowKernel : Core<S, K> {
     return n;
   }
 
-  // Reads the block twice, the second time from cache; meanwhile the next one, at `next`, is fetched.
-  Moments moments(int64_t pool, const Block& b, int64_t next) const {
-    Moments m;
-    m.n = count(pool, b);
-    if (m.n == 0) return m;
-    const Pointers<S> p = pointers;
-    const int64_t from = offset(pool, b.segment) + b.begin, size = b.size;
-    const int64_t stride = g.segment_stride, end = from + b.runs * stride;
-    T mean = 0;
-    if (c.center) {
-      Sum<T> s;
-      for (int64_t at = from; at < end; at += stride)
-        along<T>(size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
-          s.add(slot, Base::load_x(p, at + j, part));
-        });
-      mean = s.total() / static_cast<T>(m.n);
+  // Of the same block of each pool; each step for all of them before the next, for they are long
+  // chains of additions where the block is short. Sums are taken about a provisional mean, that of
+  // the block's first elements; where it turns out to be far off, once more about the mean itself.
+  // Meanwhile what lies `next` elements on is fetched.
+  void moments(int64_t first, int64_t pools, const Block& b, int64_t next, Moments* out) const {
+    T mean[kSeveral], left[kSeveral], squares[kSeveral];
+    const auto from = [&](int64_t i) { return offset(first + i, b.segment) + b.begin; };
+    for (int64_t i = 0; i < pools; ++i) {
+      out[i].n = count(first + i, b);
+      mean[i] = c.center ? provisional(from(i), b.size) : T(0);
     }
-    Sum<T> s, q;
+    for (int64_t i = 0; i < pools; ++i) about(mean[i], from(i), b, next, left[i], squares[i]);
+    for (int64_t i = 0; i < pools; ++i) {
+      const double n = out[i].n;
+      if (c.center && !Base::near(n, left[i], squares[i])) {
+        mean[i] += left[i] / static_cast<T>(n);
+        about(mean[i], from(i), b, 0, left[i], squares[i]);
+      }
+      if (n > 0 && Base::unsafe(c, n, squares[i])) {
+        out[i] = moments_in_double(first + i, b, n);
+        continue;
+      }
+      const double total = c.center ? left[i] : T(0), rest = n > 0 ? total / n : 0;
+      out[i].mean = mean[i] + rest;
+      out[i].m2 = squares[i] - total * rest;
+    }
+  }
+
+  // The sums of d and of d², d = x - mean, over the block at `from`.
+  NORMKIT_INLINE void about(T mean, int64_t from, const Block& b, int64_t next, T& left,
+                            T& squares) const {
+    const Pointers<S> p = pointers;
+    const int64_t size = b.size, stride = g.segment_stride, end = from + b.runs * stride;
     const V shift(mean);
-    const S* ahead = p.x + (next - from);
+    Sum<T> s, q;
     for (int64_t at = from; at < end; at += stride)
       along<T>(size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
-        __builtin_prefetch(ahead + at + j);
+        __builtin_prefetch(p.x + at + j + next);
         V d = keep(M::load(p.x + at + j, part) - shift, part);
         if constexpr (K == kMasked) d = select(p.mask + at + j, d, part);
         s.add(slot, d);
-        q.add(slot, d * d);
+        q.add(slot, d, d);
       });
-    T left = s.total(), squares = q.total();
-    if (Base::unsafe(c, m.n, squares)) return moments_in_double(pool, b, m.n);
-    if (c.center) {
-      double rest = left / m.n;
-      m.mean = mean + rest;
-      m.m2 = squares - left * rest;
-    } else {
-      m.m2 = squares;
-    }
-    return m;
+    left = s.total(), squares = q.total();
+  }
+
+  NORMKIT_INLINE T provisional(int64_t from, int64_t size) const {
+    const Pointers<S> p = pointers;
+    const int64_t some = min(size, kSome);
+    Sum<T> s;
+    along<T>(some, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
+      s.add(slot, Base::load_x(p, from + j, part));
+    });
+    int64_t n = some;
+    if (K == kMasked)
+      for (int64_t j = n = 0; j < some; ++j) n += p.mask[from + j] != 0;
+    return n > 0 ? s.total() / static_cast<T>(n) : T(0);
   }
 
   Moments moments(int64_t pool, int64_t i) const {
-    Block b(statistic, i);
-    if (i + 1 == statistic.count) return moments(pool, b, offset(pool + 1, 0));
-    Block after(statistic, i + 1);
-    return moments(pool, b, offset(pool, after.segment) + after.begin);
+    const Block b(statistic, i);
+    const bool last = i + 1 == statistic.count;
+    const Block after(statistic, last ? 0 : i + 1);
+    const int64_t next = offset(last ? pool + 1 : pool, after.segment) + after.begin;
+    Moments m;
+    moments(pool, 1, b, next - offset(pool, b.segment) - b.begin, &m);
+    return m;
   }
 
   __attribute__((noinline)) Moments moments_in_double(int64_t pool, const Block& b,
@@ -421,18 +486,17 @@ struct RowKernel : Core<S, K> {
     int64_t at = offset(pool, segment) + begin, e = entry(pool, segment);
     if (g.vector_affine) {
       const T *w = weights + e + begin, *b = biases + e + begin;
-      const V rstd(st.rstd);
       along<T>(size, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
-        V z = st.centered(M::load(p.x + at + j, part)) * rstd * Affine::load(w + j, part) +
-              Affine::load(b + j, part);
+        V z = fma(st.standard(M::load(p.x + at + j, part)), Affine::load(w + j, part),
+                  Affine::load(b + j, part));
         Base::finish(p, act, at + j, part, z);
       });
       return;
     }
     for (int64_t s = 0; s < segments; ++s, at += g.segment_stride, e += g.segment_step) {
-      const V scale(st.rstd * weights[e]), shift(biases[e]);
+      const V mean(st.mean), scale(st.rstd * weights[e]), shift(biases[e] - st.lag * weights[e]);
       along<T>(size, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
-        V z = st.centered(M::load(p.x + at + j, part)) * scale + shift;
+        V z = fma(M::load(p.x + at + j, part) - mean, scale, shift);
         Base::finish(p, act, at + j, part, z);
       });
     }
@@ -446,15 +510,27 @@ struct RowKernel : Core<S, K> {
   void forward() const {
     if (fused()) {
       parallel_for(g.pools, pool_grain(), [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p) {
+        const int64_t several = max(1, min(kSeveral, kBlock / max(1, g.segments * g.length)));
+        double n[kSeveral], mean[kSeveral], m2[kSeveral];
+        Moments found[kSeveral];
+        for (int64_t first = begin; first < end; first += several) {
+          const int64_t pools = min(several, end - first);
           if (c.add)
-            for (int64_t s = 0; s < g.segments; ++s) Base::add(c, offset(p, s), g.length);
+            for (int64_t p = first; p < first + pools; ++p)
+              for (int64_t s = 0; s < g.segments; ++s) Base::add(c, offset(p, s), g.length);
           if (!c.given) {
-            Moments m = moments(p, 0);
-            for (int64_t i = 1; i < statistic.count; ++i) m.merge(moments(p, i));
-            Base::finish_moments(c, m, p);
+            if (pools > 1) {
+              moments(first, pools, Block(statistic, 0), pools * g.pool_stride, found);
+            } else {
+              found[0] = moments(first, 0);
+              for (int64_t k = 1; k < statistic.count; ++k) found[0].merge(moments(first, k));
+            }
+            for (int64_t i = 0; i < pools; ++i)
+              n[i] = found[i].n, mean[i] = found[i].mean, m2[i] = found[i].m2;
+            Base::finish_moments(c, first, pools, n, mean, m2);
           }
-          if (c.y) apply(p, 0, g.segments, 0, g.length);
+          if (c.y)
+            for (int64_t p = first; p < first + pools; ++p) apply(p, 0, g.segments, 0, g.length);
         }
       });
       return;
@@ -473,7 +549,7 @@ struct RowKernel : Core<S, K> {
       for (int64_t p = 0; p < g.pools; ++p) {
         Moments m = parts[p * each];
         for (int64_t i = 1; i < each; ++i) m.merge(parts[p * each + i]);
-        Base::finish_moments(c, m, p);
+        Base::finish_moments(c, p, m);
       }
     }
     if (!c.y) return;
@@ -509,60 +585,48 @@ struct RowKernel : Core<S, K> {
     const Pointers<S> p = pointers;
     const Standard st(c, pool);
     const Act act = c.act;
-    const V rstd(st.rstd);
     int64_t at = offset(pool, block.segment) + block.begin, e = entry(pool, block.segment);
     Sum<T> s, q;
     if (g.vector_affine) {
       const T *w = weights + e + block.begin, *b = biases + e + block.begin;
       along<T>(block.size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
-        V x = st.centered(Base::load_x(p, at + j, part)) * rstd, wj = Affine::load(w + j, part);
-        V z = K == kBare ? x : x * wj + Affine::load(b + j, part);
+        V x = st.standard(Base::load_x(p, at + j, part)), wj = Affine::load(w + j, part);
+        V z = K == kBare ? x : fma(x, wj, Affine::load(b + j, part));
         V g = Base::start(p, act, at + j, part, z) * wj;
         s.add(slot, g);
-        q.add(slot, g * x);
+        q.add(slot, g, x);
       });
-    } else {
-      const V scale(st.rstd * weights[e]), shift(biases[e]);
-      for (int64_t i = 0; i < block.runs; ++i, at += g.segment_stride)
-        along<T>(block.size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
-          V d = st.centered(Base::load_x(p, at + j, part));
-          V dz = Base::start(p, act, at + j, part, d * scale + shift);
-          s.add(slot, dz);
-          q.add(slot, dz * (d * rstd));
-        });
+      return Sums(s.total(), q.total());
     }
-    return Sums(s.total(), q.total());
+    const V mean(st.mean), rstd(st.rstd), scale(st.rstd * weights[e]);
+    const V shift(biases[e] - st.lag * weights[e]);
+    for (int64_t i = 0; i < block.runs; ++i, at += g.segment_stride)
+      along<T>(block.size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
+        V d = Base::load_x(p, at + j, part) - mean;
+        V dz = Base::start(p, act, at + j, part, fma(d, scale, shift));
+        s.add(slot, dz);
+        q.add(slot, dz, d * rstd);
+      });
+    const double total = s.total();
+    return Sums(total, q.total() - st.lag * total);
   }
 
-  // dx = (dz * weight - <g> - x̂ <g x̂>) * rstd; dw and db, where given, are added to.
+  // dx = (dz * weight - <g> - x̂ <g x̂>) * rstd.
   void gradient(int64_t pool, int64_t segment, int64_t segments, int64_t begin, int64_t size,
-                Sums mean, T* dw = nullptr, T* db = nullptr) const {
+                Sums mean) const {
     const Pointers<S> p = pointers;
     const Standard st(c, pool);
     const Act act = c.act;
-    const V rstd(st.rstd);
-    const V flat(static_cast<T>(mean.dz * st.rstd)), steep(static_cast<T>(mean.dzx * st.rstd));
+    const double steeply = mean.dzx * st.rstd;
     int64_t at = offset(pool, segment) + begin, e = entry(pool, segment);
-    if (g.vector_affine) {
-      const T *w = weights + e + begin, *b = biases + e + begin;
-      along<T>(size, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
-        V x = st.centered(Base::load_x(p, at + j, part)) * rstd, wj = Affine::load(w + j, part);
-        V z = K == kBare ? x : x * wj + Affine::load(b + j, part);
-        V dz = Base::start(p, act, at + j, part, z);
-        if (dw) {
-          Affine::store(dw + j, Affine::load(dw + j, part) + dz * x, part);
-          Affine::store(db + j, Affine::load(db + j, part) + dz, part);
-        }
-        Base::write(p, at + j, part, (dz * wj * rstd - flat) - x * steep, dz);
-      });
-      return;
-    }
+    const V center(st.mean), rstd(st.rstd), steep(static_cast<T>(steeply));
+    const V flat(static_cast<T>(mean.dz * st.rstd - st.lag * steeply));
     for (int64_t s = 0; s < segments; ++s, at += g.segment_stride, e += g.segment_step) {
-      const V scale(st.rstd * weights[e]), shift(biases[e]);
+      const V scale(st.rstd * weights[e]), shift(biases[e] - st.lag * weights[e]);
       along<T>(size, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
-        V d = st.centered(Base::load_x(p, at + j, part));
-        V dz = Base::start(p, act, at + j, part, d * scale + shift);
-        Base::write(p, at + j, part, (dz * scale - flat) - (d * rstd) * steep, dz);
+        V d = Base::load_x(p, at + j, part) - center;
+        V dz = Base::start(p, act, at + j, part, fma(d, scale, shift));
+        Base::write(p, at + j, part, fma(d * rstd, -steep, fma(dz, scale, -flat)), dz);
       });
     }
   }
@@ -639,11 +703,46 @@ struct RowKernel : Core<S, K> {
                  });
   }
 
+  // dx of some pools that share a vector affine; dw and db, where given, are added to.
+  template <class N>
+  void gradient_of_rows(N, int64_t pool, const Sums* means, T* dw, T* db) const {
+    constexpr int many = N::count;
+    const Pointers<S> p = pointers;
+    const Act act = c.act;
+    V mean[many], rstd[many], lag[many], flat[many], steep[many];
+    NORMKIT_UNROLL
+    for (int i = 0; i < many; ++i) {
+      const Standard st(c, pool + i);
+      mean[i] = V(st.mean), rstd[i] = V(st.rstd), lag[i] = V(st.lag);
+      flat[i] = V(static_cast<T>(means[i].dz * st.rstd));
+      steep[i] = V(static_cast<T>(means[i].dzx * st.rstd));
+    }
+    const int64_t at = offset(pool, 0), e = entry(pool, 0);
+    const T *w = weights + e, *b = biases + e;
+    along<T>(g.length, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
+      const V wj = Affine::load(w + j, part), bj = Affine::load(b + j, part);
+      V dweight(T(0)), dbias(T(0));
+      NORMKIT_UNROLL
+      for (int i = 0; i < many; ++i) {
+        const int64_t k = at + i * g.pool_stride + j;
+        V x = fma(Base::load_x(p, k, part) - mean[i], rstd[i], -lag[i]);
+        V dz = Base::start(p, act, k, part, K == kBare ? x : fma(x, wj, bj));
+        dweight = fma(dz, x, dweight);
+        dbias = dbias + dz;
+        Base::write(p, k, part, fma(x, -steep[i], fma(dz * wj, rstd[i], -flat[i])), dz);
+      }
+      if (!dw) return;
+      Affine::store(dw + j, Affine::load(dw + j, part) + dweight, part);
+      Affine::store(db + j, Affine::load(db + j, part) + dbias, part);
+    });
+  }
+
   // Chunks of rows, each with its own sums for weight and bias, whatever the number of threads.
   void backward_vector() const {
     const int64_t entries = g.period * g.length;
     const int64_t least = max(32, ceil_div(g.pools, 256));
     const int64_t rows = ceil_div(least, g.period) * g.period, chunks = ceil_div(g.pools, rows);
+    const int64_t several = max(2, min(kSeveral, kBlock / max(1, g.length)));
     const bool wants = c.dweight != nullptr;
     Array<T> parts(wants ? 2 * chunks * entries : 0);
     parallel_for(chunks, max(1, kGrain / max(1, rows * g.length)), [&](int64_t begin, int64_t end) {
@@ -651,12 +750,22 @@ struct RowKernel : Core<S, K> {
         T* dw = wants ? &parts[2 * chunk * entries] : nullptr;
         if (wants)
           for (int64_t i = 0; i < 2 * entries; ++i) dw[i] = 0;
-        for (int64_t p = chunk * rows; p < min(g.pools, (chunk + 1) * rows); ++p) {
-          Sums total;
-          if (!c.given)
-            for (int64_t i = 0; i < affine.count; ++i) total += sums(p, Block(affine, i));
-          T* mine = wants ? dw + entry(p, 0) : nullptr;
-          gradient(p, 0, 1, 0, g.length, mean_of(p, total), mine, mine ? mine + entries : nullptr);
+        const int64_t last = min(g.pools, (chunk + 1) * rows);
+        for (int64_t first = chunk * rows; first < last; first += several) {
+          const int64_t end = min(last, first + several);
+          Sums means[kSeveral];
+          for (int64_t p = first; p < end && !c.given; ++p)
+            for (int64_t i = 0; i < affine.count; ++i) means[p - first] += sums(p, Block(affine, i));
+          for (int64_t p = first; p < end; ++p) means[p - first] = mean_of(p, means[p - first]);
+          int64_t p = first;
+          auto gradients = [&](auto many) {
+            T* mine = wants ? dw + entry(p, 0) : nullptr;
+            gradient_of_rows(many, p, means + (p - first), mine, mine ? mine + entries : nullptr);
+            p += many.count;
+          };
+          // Of two rows with the same entries, these are read and written once.
+          while (g.period == 1 && p + 2 <= end) gradients(Several<2>());
+          while (p < end) gradients(Several<1>());
         }
       }
     });
@@ -676,7 +785,8 @@ struct RowKernel : Core<S, K> {
 
 // ---- Columns ------------------------------------------------------------------------------------
 
-template <class S, Kind K>
+// ByRow: the affine is one of each row.
+template <class S, Kind K, bool ByRow>
 struct ColumnKernel : Core<S, K> {
   using Base = Core<S, K>;
   using typename Base::Affine;
@@ -697,7 +807,7 @@ struct ColumnKernel : Core<S, K> {
   ColumnKernel(const Columns& g, const Call& c) : g(g), c(c), pointers(c) {
     tile = g.group;
     while (tile < kTile) tile *= 2;
-    if (g.affine_per_row) tile = max(64, min(1024, 65536 / max(1, g.rows) / 64 * 64));
+    if (ByRow) tile = max(64, min(1024, 65536 / max(1, g.rows) / 64 * 64));
     tile = max(1, min(tile, g.columns));
     tiles = ceil_div(g.columns, tile);
     block_rows = max(8, min(256, kTileElements / tile / 4 * 4));
@@ -724,26 +834,26 @@ struct ColumnKernel : Core<S, K> {
 
   // What a unit's columns need, expanded from pools and affine entries: a value a column.
   struct Standard {
-    Array<T> mean, rest, rstd, scale, shift;
+    Array<T> mean, lag, rstd, scale, shift;
     Standard(const ColumnKernel& k, const Unit& u)
-        : mean(u.width), rest(u.width), rstd(u.width), scale(u.width), shift(u.width) {
+        : mean(u.width), lag(u.width), rstd(u.width), scale(u.width), shift(u.width) {
       const Columns& g = k.g;
       const Call& c = k.c;
       auto take = [&](int64_t j, int64_t pool) {
         mean[j] = static_cast<T>(c.mean[pool]);
-        rest[j] = c.center ? static_cast<T>(c.mean[pool] - mean[j]) : T(0);
         rstd[j] = static_cast<T*>(c.rstd)[pool];
+        lag[j] = c.center ? static_cast<T>((c.mean[pool] - mean[j]) * rstd[j]) : T(0);
       };
       auto shape = [&](int64_t j, int64_t e) {
-        scale[j] = rstd[j] * static_cast<const T*>(c.weight)[e];
-        shift[j] = static_cast<const T*>(c.bias)[e];
+        scale[j] = rstd[j] * k.weight(e);
+        shift[j] = k.bias(e) - lag[j] * k.weight(e);
       };
       int64_t first = k.first_pool(u);
       if (g.group == 1)
         for (int64_t j = 0; j < u.width; ++j) take(j, first + j);
       else
         for (int64_t j = 0; j < u.width; ++j) take(j, first + j / g.group);
-      if (g.affine_per_row) return;
+      if (ByRow) return;
       if (g.repeat == 1)
         for (int64_t j = 0; j < u.width; ++j) shape(j, u.begin + j);
       else
@@ -761,6 +871,28 @@ struct ColumnKernel : Core<S, K> {
     }
   };
 
+  // The mean of some rows of each column, added to m; with a mask, of what it leaves of them.
+  void add_rows(const Unit& u, int64_t first, int64_t last, T* m) const {
+    const Pointers<S> p = pointers;
+    const int64_t w = u.width;
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t at = offset(u, r);
+      across<T>(w, [&](int64_t j, auto part) NORMKIT_LAMBDA {
+        Affine::store(m + j, Affine::load(m + j, part) + Base::load_x(p, at + j, part), part);
+      });
+    }
+    if (K != kMasked) {
+      const T share = static_cast<T>(1 / static_cast<double>(last - first));
+      for (int64_t j = 0; j < w; ++j) m[j] *= share;
+      return;
+    }
+    for (int64_t j = 0; j < w; ++j) {
+      int64_t n = 0;
+      for (int64_t r = first; r < last; ++r) n += p.mask[offset(u, r) + j] != 0;
+      m[j] = n > 0 ? m[j] / static_cast<T>(n) : T(0);
+    }
+  }
+
   void moments(const Unit& u, int64_t block, double* n, double* mean, double* m2) const {
     const Pointers<S> p = pointers;
     int64_t w = u.width, first = block * block_rows, last = min(g.rows, first + block_rows);
@@ -776,37 +908,35 @@ struct ColumnKernel : Core<S, K> {
         for (int64_t j = 0; j < w; ++j) n[j] += mask[j] != 0;
       }
     }
+    // About provisional means, those of the first rows, or of all rows where some are far off.
     m.fill(w, 0);
-    s.fill(w, 0);
-    q.fill(w, 0);
-    if (c.center) {
+    if (c.center) add_rows(u, first, min(last, first + kSomeRows), m.get());
+    for (int pass = 0;; ++pass) {
+      s.fill(w, 0);
+      q.fill(w, 0);
       rows_of(block, [&](auto many, int64_t r) {
         const int64_t at = offset(u, r);
         across<T>(w, [&](int64_t j, auto part) NORMKIT_LAMBDA {
-          V x[many.count];
-          for (int i = 0; i < many.count; ++i) x[i] = Base::load_x(p, at + i * g.columns + j, part);
-          V total = x[0];
-          for (int i = 1; i < many.count; ++i) total = total + x[i];
-          Affine::store(&m[j], Affine::load(&m[j], part) + total, part);
+          V mean_j = Affine::load(&m[j], part);
+          V left(T(0)), squares(T(0));
+          NORMKIT_UNROLL
+          for (int i = 0; i < many.count; ++i) {
+            V d = M::load(p.x + at + i * g.columns + j, part) - mean_j;
+            if constexpr (K == kMasked) d = select(p.mask + at + i * g.columns + j, d, part);
+            left = left + d;
+            squares = fma(d, d, squares);
+          }
+          Affine::store(&s[j], Affine::load(&s[j], part) + left, part);
+          Affine::store(&q[j], Affine::load(&q[j], part) + squares, part);
         });
       });
-      for (int64_t j = 0; j < w; ++j) m[j] *= static_cast<T>(inverse(n[j], whole));
+      if (pass || !c.center) break;
+      bool all_near = true;
+      for (int64_t j = 0; j < w; ++j) all_near &= Base::near(n[j], s[j], q[j]);
+      if (all_near) break;
+      for (int64_t j = 0; j < w; ++j)
+        if (!Base::near(n[j], s[j], q[j])) m[j] += s[j] * static_cast<T>(inverse(n[j], whole));
     }
-    rows_of(block, [&](auto many, int64_t r) {
-      const int64_t at = offset(u, r);
-      across<T>(w, [&](int64_t j, auto part) NORMKIT_LAMBDA {
-        V mean_j = Affine::load(&m[j], part);
-        V left(T(0)), squares(T(0));
-        for (int i = 0; i < many.count; ++i) {
-          V d = M::load(p.x + at + i * g.columns + j, part) - mean_j;
-          if constexpr (K == kMasked) d = select(p.mask + at + i * g.columns + j, d, part);
-          left = left + d;
-          squares = squares + d * d;
-        }
-        Affine::store(&s[j], Affine::load(&s[j], part) + left, part);
-        Affine::store(&q[j], Affine::load(&q[j], part) + squares, part);
-      });
-    });
     bool safe = true;
     for (int64_t j = 0; j < w; ++j) {
       double left = c.center ? s[j] : T(0), rest = left * inverse(n[j], whole);
@@ -870,27 +1000,11 @@ struct ColumnKernel : Core<S, K> {
         m.n = n;
         m.mean = mean;
         m.m2 = m2;
-        Base::finish_moments(c, m, first + p);
+        Base::finish_moments(c, first + p, m);
       }
       return;
     }
-    const double whole = 1 / all.n[0];
-    T *var = static_cast<T*>(c.var) + first, *rstd = static_cast<T*>(c.rstd) + first;
-    double* mean = c.mean + first;
-    if (c.count) {
-      for (int64_t j = 0; j < u.width; ++j) {
-        c.count[first + j] = all.n[j];
-        mean[j] = all.mean[j];
-        c.variance[first + j] = all.m2[j] * inverse(all.n[j], whole);
-      }
-      return;
-    }
-    for (int64_t j = 0; j < u.width; ++j) {
-      double v = all.m2[j] * inverse(all.n[j], whole);
-      mean[j] = all.mean[j];
-      var[j] = static_cast<T>(v);
-      rstd[j] = static_cast<T>(1 / std::sqrt(v + c.eps));
-    }
+    Base::finish_moments(c, first, u.width, all.n.get(), all.mean.get(), all.m2.get());
   }
 
   void apply(const Unit& u, Standard& st, int64_t block) const {
@@ -899,20 +1013,22 @@ struct ColumnKernel : Core<S, K> {
     rows_of(block, [&](auto many, int64_t r) {
       const int64_t at = offset(u, r);
       across<T>(u.width, [&](int64_t j, auto part) NORMKIT_LAMBDA {
-        V mean = Affine::load(&st.mean[j], part), rest = Affine::load(&st.rest[j], part);
-        if (g.affine_per_row) {
-          V rstd = Affine::load(&st.rstd[j], part);
+        V mean = Affine::load(&st.mean[j], part);
+        if constexpr (ByRow) {
+          V rstd = Affine::load(&st.rstd[j], part), lag = Affine::load(&st.lag[j], part);
+          NORMKIT_UNROLL
           for (int i = 0; i < many.count; ++i) {
             int64_t k = at + i * g.columns + j;
-            V standard = ((M::load(p.x + k, part) - mean) - rest) * rstd;
-            V z = standard * V(weight(r + i)) + V(bias(r + i));
+            V standard = fma(M::load(p.x + k, part) - mean, rstd, -lag);
+            V z = fma(standard, V(weight(r + i)), V(bias(r + i)));
             Base::finish(p, act, k, part, z);
           }
         } else {
           V scale = Affine::load(&st.scale[j], part), shift = Affine::load(&st.shift[j], part);
+          NORMKIT_UNROLL
           for (int i = 0; i < many.count; ++i) {
             int64_t k = at + i * g.columns + j;
-            V z = ((M::load(p.x + k, part) - mean) - rest) * scale + shift;
+            V z = fma(M::load(p.x + k, part) - mean, scale, shift);
             Base::finish(p, act, k, part, z);
           }
         }
@@ -987,7 +1103,6 @@ struct ColumnKernel : Core<S, K> {
   void sums(const Unit& u, Standard& st, int64_t block, double* dz, double* dzx) const {
     const Pointers<S> p = pointers;
     const Act act = c.act;
-    const bool per_row = g.affine_per_row;
     const int64_t columns = g.columns;
     Array<T> s(u.width), q(u.width);
     s.fill(u.width, 0);
@@ -995,13 +1110,14 @@ struct ColumnKernel : Core<S, K> {
     rows_of(block, [&](auto many, int64_t r) {
       const int64_t at = offset(u, r);
       across<T>(u.width, [&](int64_t j, auto part) NORMKIT_LAMBDA {
-        const Operands o(*this, st, j, part);
+        const Operands o(st, j, part);
         V left(T(0)), right(T(0));
+        NORMKIT_UNROLL
         for (int i = 0; i < many.count; ++i) {
-          V x, dz = point(p, act, o, per_row, r + i, at + i * columns + j, part, x);
-          if (per_row) dz = dz * V(weight(r + i));
+          V x, dz = point(p, act, o, r + i, at + i * columns + j, part, x);
+          if constexpr (ByRow) dz = dz * V(weight(r + i));
           left = left + dz;
-          right = right + dz * x;
+          right = fma(dz, x, right);
         }
         Affine::store(&s[j], Affine::load(&s[j], part) + left, part);
         Affine::store(&q[j], Affine::load(&q[j], part) + right, part);
@@ -1009,33 +1125,34 @@ struct ColumnKernel : Core<S, K> {
     });
     for (int64_t j = 0; j < u.width; ++j) {
       dz[j] = s[j];
-      dzx[j] = q[j];
+      dzx[j] = ByRow ? q[j] : q[j] - static_cast<double>(st.lag[j]) * s[j];
     }
   }
 
   // What the columns at j share over all rows.
   struct Operands {
-    V mean, rest, rstd, scale, shift;
+    V mean, rstd, lag, scale, shift;
     template <class P>
-    NORMKIT_INLINE Operands(const ColumnKernel& k, Standard& st, int64_t j, P part)
-        : mean(Affine::load(&st.mean[j], part)),
-          rest(Affine::load(&st.rest[j], part)),
-          rstd(Affine::load(&st.rstd[j], part)) {
-      if (k.g.affine_per_row) return;
+    NORMKIT_INLINE Operands(Standard& st, int64_t j, P part)
+        : mean(Affine::load(&st.mean[j], part)), rstd(Affine::load(&st.rstd[j], part)) {
+      if constexpr (ByRow) {
+        lag = Affine::load(&st.lag[j], part);
+        return;
+      }
       scale = Affine::load(&st.scale[j], part);
       shift = Affine::load(&st.shift[j], part);
     }
   };
 
-  // dz, and x̂.
+  // dz, and x̂, which lacks the lag where the affine is a column's.
   template <class P>
-  NORMKIT_INLINE V point(const Pointers<S>& p, Act act, const Operands& o, bool per_row,
-                         int64_t row, int64_t at, P part, V& x) const {
-    V d = (Base::load_x(p, at, part) - o.mean) - o.rest;
-    x = d * o.rstd;
+  NORMKIT_INLINE V point(const Pointers<S>& p, Act act, const Operands& o, int64_t row, int64_t at,
+                         P part, V& x) const {
+    V d = Base::load_x(p, at, part) - o.mean;
+    x = ByRow ? fma(d, o.rstd, -o.lag) : d * o.rstd;
     V z = x;
     if constexpr (K != kBare)
-      z = per_row ? x * V(weight(row)) + V(bias(row)) : d * o.scale + o.shift;
+      z = ByRow ? fma(x, V(weight(row)), V(bias(row))) : fma(d, o.scale, o.shift);
     return Base::start(p, act, at, part, z);
   }
 
@@ -1049,7 +1166,7 @@ struct ColumnKernel : Core<S, K> {
       for (int64_t p = 0; p < k.pools_of(u); ++p) {
         double total_g = 0, total_gx = 0, count = 0;
         for (int64_t j = p * g.group; j < (p + 1) * g.group; ++j) {
-          double w = g.affine_per_row ? 1 : k.weight((u.begin + j) / g.repeat);
+          double w = ByRow ? 1 : k.weight((u.begin + j) / g.repeat);
           total_g += w * dz[j];
           total_gx += w * dzx[j];
           count += n[j];
@@ -1063,8 +1180,9 @@ struct ColumnKernel : Core<S, K> {
           mean_gx = total_gx / count;
         }
         for (int64_t j = p * g.group; j < (p + 1) * g.group; ++j) {
-          flat[j] = static_cast<T>(mean_g * st.rstd[j]);
-          steep[j] = static_cast<T>(mean_gx * st.rstd[j]);
+          const double steeply = mean_gx * st.rstd[j];
+          flat[j] = static_cast<T>(mean_g * st.rstd[j] - (ByRow ? 0 : st.lag[j] * steeply));
+          steep[j] = static_cast<T>(steeply);
         }
       }
     }
@@ -1081,27 +1199,28 @@ struct ColumnKernel : Core<S, K> {
   void gradient(const Unit& u, Standard& st, Means& means, int64_t block, double* row_sums) const {
     const Pointers<S> p = pointers;
     const Act act = c.act;
-    const bool per_row = g.affine_per_row;
     const int64_t columns = g.columns;
     rows_of(block, [&](auto many, int64_t r) {
       const int64_t at = offset(u, r);
       Sum<T> dbias[many.count], dweight[many.count];
       across<T>(u.width, [&](int64_t j, auto part) NORMKIT_LAMBDA {
-        const Operands o(*this, st, j, part);
+        const Operands o(st, j, part);
         const V flat = Affine::load(&means.flat[j], part), steep = Affine::load(&means.steep[j], part);
+        NORMKIT_UNROLL
         for (int i = 0; i < many.count; ++i) {
           const int64_t down = at + i * columns + j;
-          V x, dz = point(p, act, o, per_row, r + i, down, part, x);
-          V g_rstd = per_row ? dz * V(weight(r + i)) * o.rstd : dz * o.scale;
-          if (row_sums) {
+          V x, dz = point(p, act, o, r + i, down, part, x);
+          V g_rstd = ByRow ? fma(dz * V(weight(r + i)), o.rstd, -flat) : fma(dz, o.scale, -flat);
+          if constexpr (ByRow) {
             int slot = static_cast<int>(j / V::kLanes % kParts);
             dbias[i].add(slot, dz);
-            dweight[i].add(slot, dz * x);
+            dweight[i].add(slot, dz, x);
           }
-          Base::write(p, down, part, (g_rstd - flat) - x * steep, dz);
+          Base::write(p, down, part, fma(x, -steep, g_rstd), dz);
         }
       });
-      if (row_sums)
+      if (ByRow && row_sums)
+        NORMKIT_UNROLL
         for (int i = 0; i < many.count; ++i) {
           row_sums[2 * (r + i)] = dbias[i].total();
           row_sums[2 * (r + i) + 1] = dweight[i].total();
@@ -1112,7 +1231,7 @@ struct ColumnKernel : Core<S, K> {
   void backward() const {
     int64_t units = g.outer * tiles, unit_size = max(1, g.rows * tile);
     bool wants = c.dweight != nullptr, summing = wants || !c.given;
-    bool by_row = wants && g.affine_per_row, by_column = wants && !g.affine_per_row;
+    bool by_row = wants && ByRow, by_column = wants && !ByRow;
     Array<double> row_sums(by_row ? 2 * units * g.rows : 0);
     Array<double> dz(g.outer * g.columns), dzx(g.outer * g.columns);
     dz.fill(g.outer * g.columns, 0);
@@ -1219,11 +1338,21 @@ void rows_backward(const Rows& g, const Call& c) {
 }
 template <class S>
 void columns_forward(const Columns& g, const Call& c) {
-  by_kind(c, [&](auto kind) { ColumnKernel<S, kind>(g, c).forward(); });
+  by_kind(c, [&](auto kind) {
+    if (g.affine_per_row)
+      ColumnKernel<S, kind, true>(g, c).forward();
+    else
+      ColumnKernel<S, kind, false>(g, c).forward();
+  });
 }
 template <class S>
 void columns_backward(const Columns& g, const Call& c) {
-  by_kind(c, [&](auto kind) { ColumnKernel<S, kind>(g, c).backward(); });
+  by_kind(c, [&](auto kind) {
+    if (g.affine_per_row)
+      ColumnKernel<S, kind, true>(g, c).backward();
+    else
+      ColumnKernel<S, kind, false>(g, c).backward();
+  });
 }
 
 template <class S>

@@ -44,11 +44,11 @@ std::vector<Choice> supported() {
   std::vector<Choice> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  bool half = __builtin_cpu_supports("f16c");
-  if (half && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  bool base = __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+  if (base && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     found.push_back({"avx512", avx512::kernels});
-  if (half && __builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::kernels});
+  if (base && __builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::kernels});
 #endif
   found.push_back({"portable", portable::kernels});
   return found;
@@ -295,6 +295,7 @@ Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed
 
 constexpr size_t kHuge = size_t{1} << 21;
 constexpr size_t kHugeFrom = size_t{1} << 25;
+constexpr size_t kStreamFrom = size_t{1} << 23;
 
 // Straight to the allocator: an operator of torch would cost a microsecond more through the stack.
 Tensor new_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
@@ -381,6 +382,7 @@ struct Prepared {
     call.mask = static_cast<const uint8_t*>(data(mask));
     call.eps = eps;
     call.center = center;
+    call.stream = static_cast<size_t>(x.numel()) * x.element_size() >= kStreamFrom;
     call.act = act_of(op, act);
   }
 

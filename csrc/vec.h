@@ -8,11 +8,12 @@
 
 #include "call.h"
 
-#if NORMKIT_BYTES > 16
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #define NORMKIT_INLINE inline __attribute__((always_inline))
+#define NORMKIT_UNROLL _Pragma("GCC unroll 16")
 #define NORMKIT_LAMBDA __attribute__((always_inline))
 // What is rare or slow anyway stays out of the loops, for the compiler's sake.
 #define NORMKIT_APART __attribute__((noinline))
@@ -64,6 +65,31 @@ template <class T>
 NORMKIT_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
   return a.r / b.r;
 }
+// a * b + c, rounded once where the processor can.
+#if NORMKIT_BYTES == 64
+NORMKIT_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm512_fmadd_ps(a.r, b.r, c.r);
+}
+NORMKIT_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm512_fmadd_pd(a.r, b.r, c.r);
+}
+#elif NORMKIT_BYTES == 32
+NORMKIT_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm256_fmadd_ps(a.r, b.r, c.r);
+}
+NORMKIT_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm256_fmadd_pd(a.r, b.r, c.r);
+}
+#else
+template <class T>
+NORMKIT_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return a.r * b.r + c.r;
+}
+#endif
+template <class T>
+NORMKIT_INLINE Vec<T> operator-(Vec<T> a) {
+  return -a.r;
+}
 // a <= 0 ? b : c, lane by lane; NaN gives c.
 template <class T>
 NORMKIT_INLINE Vec<T> where_not_positive(Vec<T> a, Vec<T> b, Vec<T> c) {
@@ -95,11 +121,14 @@ struct Sum {
   Vec<T> s[4 * kParts];
 
   NORMKIT_INLINE Sum() {
+    NORMKIT_UNROLL
     for (auto& v : s) v = Vec<T>(T(0));
   }
   NORMKIT_INLINE void add(int slot, Vec<T> v) { s[slot] = s[slot] + v; }
+  NORMKIT_INLINE void add(int slot, Vec<T> a, Vec<T> b) { s[slot] = fma(a, b, s[slot]); }
   NORMKIT_INLINE T total() const {
     Vec<T> t[kParts];
+    NORMKIT_UNROLL
     for (int p = 0; p < kParts; ++p)
       t[p] = (s[p] + s[kParts + p]) + (s[2 * kParts + p] + s[3 * kParts + p]);
     typename Registers<T>::Quarter q[4];
@@ -141,6 +170,37 @@ NORMKIT_INLINE Vec<T> select(const uint8_t* mask, Vec<T> v, Whole) {
   return select(mask, v, Part{Vec<T>::kLanes});
 }
 
+// Writes kBytes or half of them past the caches, which needn't read the line first; p must be a
+// multiple of that many bytes.
+template <int Bytes>
+NORMKIT_INLINE void stream_bytes(void* p, const void* from) {
+#if defined(__x86_64__)
+#if NORMKIT_BYTES == 64
+  if constexpr (Bytes == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), _mm512_loadu_si512(from));
+    return;
+  }
+#endif
+#if NORMKIT_BYTES > 16
+  if constexpr (Bytes == 32) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+    return;
+  }
+#endif
+  if constexpr (Bytes == 16) {
+    _mm_stream_si128(static_cast<__m128i*>(p), _mm_loadu_si128(static_cast<const __m128i*>(from)));
+    return;
+  }
+#endif
+  std::memcpy(p, from, Bytes);
+}
+// What was streamed is seen by other threads after this.
+NORMKIT_INLINE void streamed() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 struct Plain {
   using V = Vec<T>;
@@ -150,6 +210,7 @@ struct Plain {
     return v;
   }
   static NORMKIT_INLINE void store(T* p, V v, Whole) { std::memcpy(p, &v, kBytes); }
+  static NORMKIT_INLINE void stream(T* p, V v) { stream_bytes<kBytes>(p, &v); }
   static NORMKIT_APART V load(const T* p, Part part) {
     Lanes<T> lanes{V(T(0))};
     for (int i = 0; i < part.n; ++i) lanes.a[i] = p[i];
@@ -207,6 +268,11 @@ struct Narrow {
   using V = Vec<float>;
   static NORMKIT_INLINE V load(const S* p, Whole) { return F::widen(p); }
   static NORMKIT_INLINE void store(S* p, V v, Whole) { F::round(p, v); }
+  static NORMKIT_INLINE void stream(S* p, V v) {
+    alignas(32) S a[V::kLanes];
+    F::round(a, v);
+    stream_bytes<kBytes / 2>(p, a);
+  }
 #if NORMKIT_BYTES == 64
   static NORMKIT_INLINE V load(const S* p, Part part) {
     alignas(32) S a[V::kLanes];
@@ -247,7 +313,7 @@ struct BFloat16Lanes {
     U32 bits;
     std::memcpy(&bits, &v, kBytes);
     U32 nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    nearest = (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : nearest;
+    nearest = v.r == v.r ? nearest : 0x7fc0u - U32{};
     U16 half = __builtin_convertvector(nearest, U16);
     std::memcpy(p, &half, kBytes / 2);
   }
@@ -333,10 +399,11 @@ NORMKIT_INLINE Vec<float> exp(Vec<float> x) {
   y = y.r > 88.0f ? V(88.0f).r : y.r;
   const V magic(12582912.0f);
   V k = (y * V(1.44269504f) + magic) - magic;
-  V r = (y - k * V(0.693359375f)) - k * V(-2.12194440e-4f);
+  V r = fma(k, V(2.12194440e-4f), fma(k, V(-0.693359375f), y));
   V p(1.0f / 5040);
   constexpr float taylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  for (float c : taylor) p = p * r + V(c);
+  NORMKIT_UNROLL
+  for (float c : taylor) p = fma(p, r, V(c));
   I32 bits = (__builtin_convertvector(k.r, I32) + 127) << 23;
   V scale;
   std::memcpy(&scale, &bits, kBytes);
@@ -360,7 +427,8 @@ NORMKIT_INLINE void normal(Vec<float> z, Vec<float>& cdf, Vec<float>& bell) {
   V p(-0.02944479f);
   constexpr float minimax[] = {0.141848f,   -0.24268548f, 0.13798155f, -0.01258348f,
                                0.10103258f, 0.12163111f,  0.14117666f, 0.14104384f};
-  for (float c : minimax) p = p * t + V(c);
+  NORMKIT_UNROLL
+  for (float c : minimax) p = fma(p, t, V(c));
   V tail = p * t * bell;
   cdf = where_not_positive(z, tail, V(1.0f) - tail);
 }
