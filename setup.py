@@ -26,6 +26,7 @@ CORE = CppExtension(
     define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
     extra_compile_args=[
         *("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+        "-fno-unswitch-loops",  # a fifth of the compile time, and gains nothing
         *("-Wall", "-Wextra", "-Wno-psabi"),
         *sanitize,
     ],

@@ -1,7 +1,7 @@
 // The kernels of one instruction set. Whatever is summed is summed in an order that depends on the
-// shape alone, so results are bitwise the same on any number of threads and on every instruction
-// set: work is cut into blocks, a block's sums are merged in double in the order of the blocks, and
-// the schedule (which thread, fused or in two phases) changes no bit.
+// shape alone, so results are bitwise the same on any number of threads and on AVX2 as on AVX-512:
+// work is cut into blocks, a block's sums are merged in double in the order of the blocks, and the
+// schedule (which thread, fused or in two phases) changes no bit.
 //
 // Nothing of the standard library is instantiated here: a template compiled for AVX-512 must not be
 // the one that the linker keeps for every machine.
@@ -21,7 +21,7 @@ constexpr int64_t kSomeRows = 8;          // rows that do so down columns
 constexpr int64_t kSeveral = 16;          // short pools whose statistics are finished together
 constexpr int64_t kGrain = 16384;         // elements below which a thread isn't worth starting
 constexpr int64_t kTile = 512;            // columns of a tile
-constexpr int64_t kTileElements = 32768;  // elements of a block of a tile
+constexpr int64_t kTileElements = 65536;  // elements of a block of a tile
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -258,7 +258,7 @@ struct Core {
     const S* base = static_cast<const S*>(c.base) + at;
     const S* more = static_cast<const S*>(c.add) + at;
     S* x = const_cast<S*>(static_cast<const S*>(c.x)) + at;
-    along<T>(n, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
+    across<T>(n, [&](int64_t j, auto part) NORMKIT_LAMBDA {
       M::store(x + j, M::load(base + j, part) + M::load(more + j, part), part);
     });
   }
@@ -486,7 +486,7 @@ struct RowKernel : Core<S, K> {
     int64_t at = offset(pool, segment) + begin, e = entry(pool, segment);
     if (g.vector_affine) {
       const T *w = weights + e + begin, *b = biases + e + begin;
-      along<T>(size, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
+      across<T>(size, [&](int64_t j, auto part) NORMKIT_LAMBDA {
         V z = fma(st.standard(M::load(p.x + at + j, part)), Affine::load(w + j, part),
                   Affine::load(b + j, part));
         Base::finish(p, act, at + j, part, z);
@@ -495,7 +495,7 @@ struct RowKernel : Core<S, K> {
     }
     for (int64_t s = 0; s < segments; ++s, at += g.segment_stride, e += g.segment_step) {
       const V mean(st.mean), scale(st.rstd * weights[e]), shift(biases[e] - st.lag * weights[e]);
-      along<T>(size, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
+      across<T>(size, [&](int64_t j, auto part) NORMKIT_LAMBDA {
         V z = fma(M::load(p.x + at + j, part) - mean, scale, shift);
         Base::finish(p, act, at + j, part, z);
       });
@@ -623,7 +623,7 @@ struct RowKernel : Core<S, K> {
     const V flat(static_cast<T>(mean.dz * st.rstd - st.lag * steeply));
     for (int64_t s = 0; s < segments; ++s, at += g.segment_stride, e += g.segment_step) {
       const V scale(st.rstd * weights[e]), shift(biases[e] - st.lag * weights[e]);
-      along<T>(size, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
+      across<T>(size, [&](int64_t j, auto part) NORMKIT_LAMBDA {
         V d = Base::load_x(p, at + j, part) - center;
         V dz = Base::start(p, act, at + j, part, fma(d, scale, shift));
         Base::write(p, at + j, part, fma(d * rstd, -steep, fma(dz, scale, -flat)), dz);
@@ -719,7 +719,7 @@ struct RowKernel : Core<S, K> {
     }
     const int64_t at = offset(pool, 0), e = entry(pool, 0);
     const T *w = weights + e, *b = biases + e;
-    along<T>(g.length, [&](int, int64_t j, auto part) NORMKIT_LAMBDA {
+    across<T>(g.length, [&](int64_t j, auto part) NORMKIT_LAMBDA {
       const V wj = Affine::load(w + j, part), bj = Affine::load(b + j, part);
       V dweight(T(0)), dbias(T(0));
       NORMKIT_UNROLL
@@ -1317,28 +1317,28 @@ struct ColumnKernel : Core<S, K> {
   }
 };
 
-// Calls f with the kind of the call as a constant.
-template <class F>
+// Calls f with the kind of the call as a constant; of float64, which is bound by memory, fewer.
+template <class S, class F>
 void by_kind(const Call& c, F f) {
   if (c.mask)
     f(std::integral_constant<Kind, kMasked>());
-  else if (c.act != Act::none)
+  else if (c.act != Act::none || sizeof(S) == 8)
     f(std::integral_constant<Kind, kActive>());
-  else
+  else if constexpr (sizeof(S) < 8)
     f(std::integral_constant<Kind, kBare>());
 }
 
 template <class S>
 void rows_forward(const Rows& g, const Call& c) {
-  by_kind(c, [&](auto kind) { RowKernel<S, kind>(g, c).forward(); });
+  by_kind<S>(c, [&](auto kind) { RowKernel<S, kind>(g, c).forward(); });
 }
 template <class S>
 void rows_backward(const Rows& g, const Call& c) {
-  by_kind(c, [&](auto kind) { RowKernel<S, kind>(g, c).backward(); });
+  by_kind<S>(c, [&](auto kind) { RowKernel<S, kind>(g, c).backward(); });
 }
 template <class S>
 void columns_forward(const Columns& g, const Call& c) {
-  by_kind(c, [&](auto kind) {
+  by_kind<S>(c, [&](auto kind) {
     if (g.affine_per_row)
       ColumnKernel<S, kind, true>(g, c).forward();
     else
@@ -1347,7 +1347,7 @@ void columns_forward(const Columns& g, const Call& c) {
 }
 template <class S>
 void columns_backward(const Columns& g, const Call& c) {
-  by_kind(c, [&](auto kind) {
+  by_kind<S>(c, [&](auto kind) {
     if (g.affine_per_row)
       ColumnKernel<S, kind, true>(g, c).backward();
     else

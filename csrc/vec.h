@@ -1,5 +1,5 @@
 // One register of an instruction set as a vector. Sums are kept as 64 bytes of lanes on all of them
-// (one register of AVX-512, two of AVX2, four of 16 bytes), so that they are bitwise the same.
+// (one register of AVX-512, two of AVX2, four of 16 bytes): added up in the same order.
 #pragma once
 
 #include <cmath>
