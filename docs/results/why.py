@@ -7,6 +7,7 @@ Writes why.json: median test accuracy of six seeds with its exact 95 % interval,
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,30 +20,41 @@ from normkit.lab.data import load_data
 from normkit.lab.measures import percent, said
 from normkit.lab.models import build, layers, norms
 from normkit.lab.probe import Probe, look
-from normkit.lab.studies import affine, placement
+from normkit.lab.studies import affine, batch_size, placement
 from normkit.lab.studies.optimizer import probe as sharpness
 from normkit.lab.train import advance, make_optimizer, score
 from normkit.lab.verdict import estimate
 
 SEEDS, STEPS = range(6), 750
-DATA = load_data(Config().resolved("why"))
+CONFIGS = {name: Config(data=name, steps=STEPS) for name in ("digits", "fashion-mnist")}
+DATA = {name: load_data(config.resolved("why")) for name, config in CONFIGS.items()}
 
 
-def trained(arm: Arm, change: Callable[[nn.Module], None], rate: float = 1.0) -> dict[str, str]:
-    """Return test accuracies of the arm's network, changed before it is trained."""
-    config = arm.applied(Config(steps=STEPS), "why", 1.0)
+def trained(
+    arm: Arm,
+    change: Callable[[nn.Module], None],
+    rate: float = 1.0,
+    data: str = "digits",
+    steps: int = STEPS,
+) -> dict[str, str]:
+    """Return test accuracies of the arm's network, changed before it is trained.
+
+    `steps` are those of batches of 60; an arm of another batch size sees as many samples.
+    """
+    config = arm.applied(replace(CONFIGS[data], steps=steps), "why", 1.0)
+    assert config.steps is not None
     accuracies, saturated = [], []
     for seed in SEEDS:
-        model = build(config, DATA, arm, seed)
+        model = build(config, DATA[data], arm, seed)
         with torch.no_grad():
             change(model)
-        optimizer = make_optimizer(model, config, rate)
-        batches = Batches(DATA.train, config.batch_size, seed)
-        at = Probe(model, optimizer, batches, 0, DATA, config, arm, seed)
+        optimizer = make_optimizer(model, config, arm.rate * rate)
+        batches = Batches(DATA[data].train, config.batch_size, seed)
+        at = Probe(model, optimizer, batches, 0, DATA[data], config, arm, seed)
         seen = look(placement.probe, at)
         saturated.append(sum(seen[f"saturated.{i}"] for i in (1, 2, 3)) / 3)
-        advance(model, optimizer, batches, 0, STEPS)
-        accuracies.append(score(model, DATA.test)[1])
+        advance(model, optimizer, batches, 0, config.steps)
+        accuracies.append(score(model, DATA[data].test)[1])
     return {
         "test accuracy": said(estimate(accuracies), percent),
         "saturated at the start": percent(estimate(saturated).median),
@@ -69,17 +81,28 @@ def scaled(factor: float) -> Callable[[nn.Module], None]:
     return change
 
 
+def unchanged(model: nn.Module) -> None:
+    """Change nothing."""
+
+
+def fixed_before_norms(model: nn.Module) -> None:
+    """Keep all layers but the last at their initial weights."""
+    for layer in list(layers(model).values())[:-1]:
+        for parameter in layer.parameters():
+            parameter.register_hook(torch.zeros_like)
+
+
 def at_equal_loss(arm: Arm, rate: float, level: float = 0.1) -> dict[str, str]:
     """Return the curvature when the loss has come down to `level`, and the weights' size there."""
-    config = arm.applied(Config(steps=STEPS), "why", 1.0)
+    config, data = arm.applied(CONFIGS["digits"], "why", 1.0), DATA["digits"]
     curved, sizes = [], []
     for seed in SEEDS:
-        model = build(config, DATA, arm, seed)
+        model = build(config, data, arm, seed)
         optimizer = make_optimizer(model, config, rate)
-        batches = Batches(DATA.train, config.batch_size, seed)
+        batches = Batches(data.train, config.batch_size, seed)
         for step in range(0, 2 * STEPS, 10):
             advance(model, optimizer, batches, step, step + 10)
-            at = Probe(model, optimizer, batches, step + 10, DATA, config, arm, seed)
+            at = Probe(model, optimizer, batches, step + 10, data, config, arm, seed)
             seen = look(sharpness, at)
             if seen["sample_loss"] <= level:
                 break
@@ -94,11 +117,27 @@ def main() -> None:
     """Write the results."""
     torch.set_num_threads(1)
     arms = {arm.name: arm for arm in (*placement.ARMS, *affine.ARMS)}
+    short = Config().resolved("why", batch_size.STUDY.length)
+    renorm = {arm.name: arm for arm in batch_size.arms(short, DATA["digits"])}
+    small = renorm["renorm-2"]
+    at_once = replace(small, arguments={**small.arguments, "r_steps": (0, 0), "d_steps": (0, 0)})
     found = {
-        "placement: norm before or after sigmoid, initial weights larger": {
-            f"{place}, {factor:g}×": trained(arms[f"sigmoid-{place}"], larger(factor))
+        f"placement: norm before or after sigmoid, initial weights larger, {data}": {
+            f"{place}, {factor:g}×": trained(arms[f"sigmoid-{place}"], larger(factor), data=data)
             for factor in (1.0, 4.0, 16.0)
             for place in placement.PLACES
+        }
+        for data in CONFIGS
+    } | {
+        "batch-size: batch renorm at 0.3 times the scaled rate": {
+            name: trained(arm, change, rate=0.3, steps=short.steps or 0)
+            for name, arm, change in (
+                ("batches of 2", small, unchanged),
+                ("batches of 2, limits open at once", at_once, unchanged),
+                ("batches of 2, layers before norms fixed", small, fixed_before_norms),
+                ("batches of 4", renorm["renorm-4"], unchanged),
+                ("batches of 4, layers before norms fixed", renorm["renorm-4"], fixed_before_norms),
+            )
         },
         "affine: neither scale nor shift learned, scales fixed at": {
             f"{factor:g}, rate {rate:g}": trained(arms["neither"], scaled(factor), rate)
