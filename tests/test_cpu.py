@@ -126,8 +126,9 @@ def test_avx2_and_avx512_give_the_same_bits():
         assert done.returncode == 0, done.stderr
         name, ran[wanted] = json.loads(done.stdout)
         assert name == wanted
-    print("ran:", *ran)
-    assert len(set(map(tuple, ran.values()))) <= 1
+    if len(ran) < 2:
+        pytest.skip(f"this processor has not both: {', '.join(ran) or 'neither'}")
+    assert ran["avx512"] == ran["avx2"]
 
 
 @pytest.mark.parametrize("wanted", INSTRUCTIONS)
