@@ -75,5 +75,8 @@ extern const Kernels kernels[4];
 namespace avx512 {
 extern const Kernels kernels[4];
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;  // of bfloat16
+}
 
 }  // namespace normkit

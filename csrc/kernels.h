@@ -1360,6 +1360,10 @@ constexpr Kernels all() {
   return {rows_forward<S>, rows_backward<S>, columns_forward<S>, columns_backward<S>};
 }
 
+#ifdef NORMKIT_BFLOAT16
+const Kernels kernels = all<BFloat16>();
+#else
 const Kernels kernels[4] = {all<float>(), all<BFloat16>(), all<Half>(), all<double>()};
+#endif
 
 }  // namespace normkit::NORMKIT_ISA

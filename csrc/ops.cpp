@@ -8,9 +8,11 @@
 #include <torch/csrc/stable/tensor.h>
 #pragma GCC diagnostic pop
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -37,7 +39,11 @@ namespace {
 
 struct Choice {
   const char* name;
-  const Kernels* kernels;
+  Kernels kernels[4];
+
+  Choice(const char* name, const Kernels (&of)[4]) : name(name) {
+    std::copy(std::begin(of), std::end(of), kernels);
+  }
 };
 
 std::vector<Choice> supported() {
@@ -46,11 +52,16 @@ std::vector<Choice> supported() {
   __builtin_cpu_init();
   bool base = __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
   if (base && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    found.push_back({"avx512", avx512::kernels});
-  if (base && __builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::kernels});
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512bf16")) {
+      found.emplace_back("avx512_bf16", avx512::kernels);
+      found.back().kernels[kBFloat16] = avx512_bf16::kernels;
+    }
+    found.emplace_back("avx512", avx512::kernels);
+  }
+  if (base && __builtin_cpu_supports("avx2")) found.emplace_back("avx2", avx2::kernels);
 #endif
-  found.push_back({"portable", portable::kernels});
+  found.emplace_back("portable", portable::kernels);
   return found;
 }
 

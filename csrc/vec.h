@@ -299,23 +299,55 @@ struct Narrow {
 };
 
 struct BFloat16Lanes {
-  typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));
   typedef uint32_t U32 __attribute__((vector_size(kBytes)));
-  static NORMKIT_INLINE Vec<float> widen(const BFloat16* p) {
+#if NORMKIT_BYTES == 64
+  static NORMKIT_INLINE U32 wide(const BFloat16* p) {
+    return (U32)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static NORMKIT_INLINE void narrow(BFloat16* p, U32 v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v));
+  }
+#elif NORMKIT_BYTES == 32
+  static NORMKIT_INLINE U32 wide(const BFloat16* p) {
+    return (U32)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static NORMKIT_INLINE void narrow(BFloat16* p, U32 v) {
+    auto low = _mm256_castsi256_si128((__m256i)v), high = _mm256_extracti128_si256((__m256i)v, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+  }
+#else
+  typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));
+  static NORMKIT_INLINE U32 wide(const BFloat16* p) {
     U16 half;
     std::memcpy(&half, p, kBytes / 2);
-    U32 bits = __builtin_convertvector(half, U32) << 16;
+    return __builtin_convertvector(half, U32);
+  }
+  static NORMKIT_INLINE void narrow(BFloat16* p, U32 v) {
+    U16 half = __builtin_convertvector(v, U16);
+    std::memcpy(p, &half, kBytes / 2);
+  }
+#endif
+
+  static NORMKIT_INLINE Vec<float> widen(const BFloat16* p) {
+    U32 bits = wide(p) << 16;
     Vec<float> v;
     std::memcpy(&v, &bits, kBytes);
     return v;
   }
   static NORMKIT_INLINE void round(BFloat16* p, Vec<float> v) {
+#ifdef NORMKIT_BFLOAT16
+    // The instruction takes subnormals for zero and keeps a NaN's payload: these go the long way.
+    constexpr int subnormal_or_nan = 0x20 | 0x01 | 0x80;
+    if (__builtin_expect(_mm512_fpclass_ps_mask(v.r, subnormal_or_nan) == 0, 1)) {
+      __m256bh half = _mm512_cvtneps_pbh(v.r);
+      std::memcpy(p, &half, kBytes / 2);
+      return;
+    }
+#endif
     U32 bits;
     std::memcpy(&bits, &v, kBytes);
     U32 nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    nearest = v.r == v.r ? nearest : 0x7fc0u - U32{};
-    U16 half = __builtin_convertvector(nearest, U16);
-    std::memcpy(p, &half, kBytes / 2);
+    narrow(p, v.r == v.r ? nearest : 0x7fc0u - U32{});
   }
 };
 
