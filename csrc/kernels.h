@@ -19,6 +19,7 @@ constexpr int64_t kBlock = 2048;          // elements whose sums are kept in T
 constexpr int64_t kSome = 256;            // elements whose mean stands for a block's at first
 constexpr int64_t kSomeRows = 8;          // rows that do so down columns
 constexpr int64_t kSeveral = 16;          // short pools whose statistics are finished together
+constexpr int64_t kShort = 256;           // bytes of T that are summed in one slot
 constexpr int64_t kGrain = 16384;         // elements below which a thread isn't worth starting
 constexpr int64_t kTile = 512;            // columns of a tile
 constexpr int64_t kTileElements = 65536;  // elements of a block of a tile
@@ -87,10 +88,17 @@ NORMKIT_INLINE void step(int slot, int64_t j, F f) {
 }
 
 // Calls f(slot, j, part) for the vectors of [0, n); the slots are those of a Sum.
-template <class T, class F>
+template <class T, int Slots = 4, class F>
 NORMKIT_INLINE void along(int64_t n, F f) {
   constexpr int64_t lanes = 64 / sizeof(T), each = Vec<T>::kLanes;
   int64_t j = 0;
+  if constexpr (Slots == 1) {
+    for (; j + lanes <= n; j += lanes) step<T>(0, j, f);
+    int slot = 0;
+    for (; j + each <= n; j += each) f(slot++, j, Whole());
+    if (j < n) f(slot, j, Part{static_cast<int>(n - j)});
+    return;
+  }
   for (; j + 4 * lanes <= n; j += 4 * lanes) {
     step<T>(0, j, f);
     step<T>(1, j + lanes, f);
@@ -267,10 +275,18 @@ struct Core {
     return Lanes<T>(M::load(p, Part{1})).a[0];
   }
 
-  // A sum of squares in T that overflowed, or may have vanished where eps doesn't hide that.
-  static bool unsafe(const Call& c, double n, T squares) {
+  // A sum of squares in T that overflowed, or may have vanished where eps doesn't hide that: below
+  // `least` an element.
+  static NORMKIT_INLINE bool unsafe(double least, double n, double squares) {
     if (sizeof(T) == 8) return false;
-    return !(squares <= 3e38f) || (c.eps < 1e-20 && squares < n * 1e-30);
+    return (!(squares <= 3e38)) | (squares < n * least);
+  }
+  static double least(const Call& c) { return c.eps < 1e-20 ? 1e-30 : 0; }
+
+  // 1 / n, which is known where nothing is masked.
+  static NORMKIT_INLINE double inverse(double n, double whole) {
+    if (K != kMasked) return whole;
+    return n > 0 ? 1 / n : 0;
   }
 
   // Sums of d and d² about a mean from which the true one is less than 1.7 standard deviations
@@ -282,18 +298,18 @@ struct Core {
   // The results of `pools` pools from `first` on: all at once, since roots and quotients are slow.
   static void finish_moments(const Call& c, int64_t first, int64_t pools, const double* n,
                              const double* mean, const double* m2) {
+    const double whole = n[0] > 0 ? 1 / n[0] : 0, eps = c.eps;
     for (int64_t i = 0; i < pools; ++i) c.mean[first + i] = mean[i];
     if (c.count) {
       for (int64_t i = 0; i < pools; ++i) {
         c.count[first + i] = n[i];
-        c.variance[first + i] = n[i] > 0 ? m2[i] / n[i] : 0;
+        c.variance[first + i] = m2[i] * inverse(n[i], whole);
       }
       return;
     }
     T *vars = static_cast<T*>(c.var) + first, *rstds = static_cast<T*>(c.rstd) + first;
-    const double eps = c.eps;
     for (int64_t i = 0; i < pools; ++i) {
-      double var = n[i] > 0 ? m2[i] / n[i] : 0;
+      double var = m2[i] * inverse(n[i], whole);
       vars[i] = static_cast<T>(var);
       rstds[i] = static_cast<T>(1 / std::sqrt(var + eps));
     }
@@ -301,6 +317,23 @@ struct Core {
   static void finish_moments(const Call& c, int64_t pool, const Moments& m) {
     finish_moments(c, pool, 1, &m.n, &m.mean, &m.m2);
   }
+
+  // x̂ = (x - mean) * rstd - lag of some pools; the lag is what rounding the mean to T left of it.
+  struct Standards {
+    T mean[kSeveral], rstd[kSeveral], lag[kSeveral];
+    Standards(const Call& c, int64_t first, int64_t pools) {
+      const double* means = c.mean + first;
+      const T* rstds = static_cast<const T*>(c.rstd) + first;
+      for (int64_t i = 0; i < pools; ++i) {
+        mean[i] = static_cast<T>(means[i]);
+        rstd[i] = rstds[i];
+        lag[i] = static_cast<T>((means[i] - mean[i]) * rstds[i]);
+      }
+    }
+    NORMKIT_INLINE V standard(int64_t i, V x) const {
+      return fma(x - V(mean[i]), V(rstd[i]), -V(lag[i]));
+    }
+  };
 };
 
 // ---- Rows ---------------------------------------------------------------------------------------
@@ -361,27 +394,23 @@ struct RowKernel : Core<S, K> {
     return pool * g.pool_stride + jumped + segment * g.segment_stride;
   }
   int64_t entry(int64_t pool, int64_t segment) const {
-    return (g.period == 1 ? 0 : pool % g.period) * g.pool_step + segment * g.segment_step;
+    return (pool < g.period ? pool : pool % g.period) * g.pool_step + segment * g.segment_step;
   }
 
-  // x̂ = (x - mean) * rstd - lag; the lag is what rounding the mean to T left of it.
-  struct Standard {
-    T mean, rstd, lag;
-    Standard(const Call& c, int64_t pool)
-        : mean(static_cast<T>(c.mean[pool])),
-          rstd(static_cast<T*>(c.rstd)[pool]),
-          lag(c.center ? static_cast<T>((c.mean[pool] - mean) * rstd) : T(0)) {}
-    NORMKIT_INLINE V standard(V x) const { return fma(x - V(mean), V(rstd), -V(lag)); }
-  };
+  using typename Base::Standards;
 
+  double count(int64_t at, int64_t n) const {
+    if (K != kMasked) return static_cast<double>(n);
+    int64_t left = 0;
+    for (int64_t j = at; j < at + n; ++j) left += c.mask[j] != 0;
+    return static_cast<double>(left);
+  }
   double count(int64_t pool, const Block& b) const {
     if (K != kMasked) return static_cast<double>(b.runs * b.size);
-    int64_t n = 0;
-    for (int64_t s = b.segment; s < b.segment + b.runs; ++s) {
-      const uint8_t* mask = c.mask + offset(pool, s) + b.begin;
-      for (int64_t j = 0; j < b.size; ++j) n += mask[j] != 0;
-    }
-    return static_cast<double>(n);
+    double n = 0;
+    for (int64_t s = b.segment; s < b.segment + b.runs; ++s)
+      n += count(offset(pool, s) + b.begin, b.size);
+    return n;
   }
   double count(int64_t pool) const {
     if (K != kMasked) return static_cast<double>(g.segments * g.length);
@@ -394,59 +423,106 @@ struct RowKernel : Core<S, K> {
   // chains of additions where the block is short. Sums are taken about a provisional mean, that of
   // the block's first elements; where it turns out to be far off, once more about the mean itself.
   // Meanwhile what lies `next` elements on is fetched.
-  void moments(int64_t first, int64_t pools, const Block& b, int64_t next, Moments* out) const {
-    T mean[kSeveral], left[kSeveral], squares[kSeveral];
-    const auto from = [&](int64_t i) { return offset(first + i, b.segment) + b.begin; };
+  void moments(int64_t first, int64_t pools, const Block& b, int64_t next, double* n, double* mean,
+               double* m2) const {
+    T shift[kSeveral], left[kSeveral], squares[kSeveral];
+    int64_t from[kSeveral];
+    for (int64_t i = 0; i < pools; ++i) from[i] = offset(first + i, b.segment) + b.begin;
+    for (int64_t i = 0; i < pools; ++i) n[i] = count(first + i, b);
+    if (b.runs == 1 && b.size * static_cast<int64_t>(sizeof(T)) <= kShort)
+      about_all<1>(from, pools, 1, b.size, next, shift, left, squares);
+    else
+      about_all<4>(from, pools, b.runs, b.size, next, shift, left, squares);
+    const double whole = 1 / static_cast<double>(b.runs * b.size);
+    const double least = Base::least(c);
+    const bool center = c.center;
+    int64_t bad = 0;
+    NORMKIT_INDEPENDENT
     for (int64_t i = 0; i < pools; ++i) {
-      out[i].n = count(first + i, b);
-      mean[i] = c.center ? provisional(from(i), b.size) : T(0);
+      const double l = center ? left[i] : T(0), q = squares[i];
+      const double rest = l * Base::inverse(n[i], whole);
+      bad |= Base::near(n[i], l, q) ? 0 : 1;
+      bad |= Base::unsafe(least, n[i], q) ? 1 : 0;
+      mean[i] = shift[i] + rest;
+      m2[i] = q - l * rest;
     }
-    for (int64_t i = 0; i < pools; ++i) about(mean[i], from(i), b, next, left[i], squares[i]);
+    if (bad) moments_anew(first, pools, b, from, n, shift, left, squares, mean, m2);
+  }
+
+  // Of those pools whose provisional mean was far off, or whose squares T can't hold.
+  NORMKIT_APART void moments_anew(int64_t first, int64_t pools, const Block& b, const int64_t* from,
+                                  const double* n, T* shift, T* left, T* squares, double* mean,
+                                  double* m2) const {
+    const double whole = 1 / static_cast<double>(b.runs * b.size), least = Base::least(c);
     for (int64_t i = 0; i < pools; ++i) {
-      const double n = out[i].n;
-      if (c.center && !Base::near(n, left[i], squares[i])) {
-        mean[i] += left[i] / static_cast<T>(n);
-        about(mean[i], from(i), b, 0, left[i], squares[i]);
+      const T share = static_cast<T>(Base::inverse(n[i], whole));
+      if (c.center && !Base::near(n[i], left[i], squares[i])) {
+        T s[Sum<T>::kQuarter], q[Sum<T>::kQuarter];
+        shift[i] += left[i] * share;
+        about<4>(shift[i], from[i], b.runs, b.size, 0, s, q);
+        left[i] = Sum<T>::last(s), squares[i] = Sum<T>::last(q);
+        const double rest = left[i] * Base::inverse(n[i], whole);
+        mean[i] = shift[i] + rest;
+        m2[i] = squares[i] - left[i] * rest;
       }
-      if (n > 0 && Base::unsafe(c, n, squares[i])) {
-        out[i] = moments_in_double(first + i, b, n);
-        continue;
+      if (n[i] > 0 && Base::unsafe(least, n[i], squares[i])) {
+        const Moments m = moments_in_double(first + i, b, n[i]);
+        mean[i] = m.mean;
+        m2[i] = m.m2;
       }
-      const double total = c.center ? left[i] : T(0), rest = n > 0 ? total / n : 0;
-      out[i].mean = mean[i] + rest;
-      out[i].m2 = squares[i] - total * rest;
+    }
+  }
+
+  // Provisional means, and the sums about them.
+  template <int Slots>
+  NORMKIT_INLINE void about_all(const int64_t* from, int64_t pools, int64_t runs, int64_t size,
+                                int64_t next, T* mean, T* left, T* squares) const {
+    constexpr int quarter = Sum<T>::kQuarter;
+    T s[quarter * kSeveral], q[quarter * kSeveral];
+    const int64_t some = min(size, kSome);
+    const double share = 1 / static_cast<double>(some);
+    for (int64_t i = 0; i < pools; ++i) mean[i] = 0;
+    if (c.center) {
+      for (int64_t i = 0; i < pools; ++i) sum<Slots>(from[i], some, s + quarter * i);
+      for (int64_t i = 0; i < pools; ++i)
+        mean[i] = Sum<T>::last(s + quarter * i) *
+                  static_cast<T>(Base::inverse(count(from[i], some), share));
+    }
+    for (int64_t i = 0; i < pools; ++i)
+      about<Slots>(mean[i], from[i], runs, size, next, s + quarter * i, q + quarter * i);
+    for (int64_t i = 0; i < pools; ++i) {
+      left[i] = Sum<T>::last(s + quarter * i);
+      squares[i] = Sum<T>::last(q + quarter * i);
     }
   }
 
   // The sums of d and of d², d = x - mean, over the block at `from`.
-  NORMKIT_INLINE void about(T mean, int64_t from, const Block& b, int64_t next, T& left,
-                            T& squares) const {
+  template <int Slots>
+  NORMKIT_INLINE void about(T mean, int64_t from, int64_t runs, int64_t size, int64_t next,
+                            T* left, T* squares) const {
     const Pointers<S> p = pointers;
-    const int64_t size = b.size, stride = g.segment_stride, end = from + b.runs * stride;
     const V shift(mean);
-    Sum<T> s, q;
-    for (int64_t at = from; at < end; at += stride)
-      along<T>(size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
+    Sum<T, Slots> s, q;
+    int64_t at = from;
+    for (int64_t run = 0; run < runs; ++run, at += g.segment_stride)
+      along<T, Slots>(size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
         __builtin_prefetch(p.x + at + j + next);
         V d = keep(M::load(p.x + at + j, part) - shift, part);
         if constexpr (K == kMasked) d = select(p.mask + at + j, d, part);
         s.add(slot, d);
         q.add(slot, d, d);
       });
-    left = s.total(), squares = q.total();
+    s.total(left), q.total(squares);
   }
 
-  NORMKIT_INLINE T provisional(int64_t from, int64_t size) const {
+  template <int Slots>
+  NORMKIT_INLINE void sum(int64_t from, int64_t size, T* total) const {
     const Pointers<S> p = pointers;
-    const int64_t some = min(size, kSome);
-    Sum<T> s;
-    along<T>(some, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
+    Sum<T, Slots> s;
+    along<T, Slots>(size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
       s.add(slot, Base::load_x(p, from + j, part));
     });
-    int64_t n = some;
-    if (K == kMasked)
-      for (int64_t j = n = 0; j < some; ++j) n += p.mask[from + j] != 0;
-    return n > 0 ? s.total() / static_cast<T>(n) : T(0);
+    s.total(total);
   }
 
   Moments moments(int64_t pool, int64_t i) const {
@@ -455,7 +531,7 @@ struct RowKernel : Core<S, K> {
     const Block after(statistic, last ? 0 : i + 1);
     const int64_t next = offset(last ? pool + 1 : pool, after.segment) + after.begin;
     Moments m;
-    moments(pool, 1, b, next - offset(pool, b.segment) - b.begin, &m);
+    moments(pool, 1, b, next - offset(pool, b.segment) - b.begin, &m.n, &m.mean, &m.m2);
     return m;
   }
 
@@ -478,28 +554,83 @@ struct RowKernel : Core<S, K> {
     return m;
   }
 
-  // y over [begin, begin + size) of some segments.
-  void apply(int64_t pool, int64_t segment, int64_t segments, int64_t begin, int64_t size) const {
+  // y = act((x - mean) * scale + shift + residual) of what lies side by side.
+  NORMKIT_INLINE void line(int64_t at, int64_t size, T mean, T scale, T shift) const {
     const Pointers<S> p = pointers;
-    const Standard st(c, pool);
     const Act act = c.act;
+    const V middle(mean), factor(scale), addend(shift);
+    across<T>(size, [&](int64_t j, auto part) NORMKIT_LAMBDA {
+      V z = fma(M::load(p.x + at + j, part) - middle, factor, addend);
+      Base::finish(p, act, at + j, part, z);
+    });
+  }
+
+  // y over [begin, begin + size) of some segments; its affine is a scalar of each.
+  void apply(int64_t pool, int64_t segment, int64_t segments, int64_t begin, int64_t size) const {
+    const Standards st(c, pool, 1);
     int64_t at = offset(pool, segment) + begin, e = entry(pool, segment);
-    if (g.vector_affine) {
-      const T *w = weights + e + begin, *b = biases + e + begin;
-      across<T>(size, [&](int64_t j, auto part) NORMKIT_LAMBDA {
-        V z = fma(st.standard(M::load(p.x + at + j, part)), Affine::load(w + j, part),
-                  Affine::load(b + j, part));
-        Base::finish(p, act, at + j, part, z);
-      });
+    for (int64_t s = 0; s < segments; ++s, at += g.segment_stride, e += g.segment_step)
+      line(at, size, st.mean[0], st.rstd[0] * weights[e], biases[e] - st.lag[0] * weights[e]);
+  }
+
+  // Given statistics leave every run to itself: in the order of memory, whatever its pool.
+  void apply_given() const {
+    Array<T> mean(g.pools), scale(g.pools), shift(g.pools);
+    for (int64_t p = 0; p < g.pools; ++p) {
+      const Standards st(c, p, 1);
+      const T w = weights[entry(p, 0)];
+      mean[p] = st.mean[0], scale[p] = st.rstd[0] * w;
+      shift[p] = biases[entry(p, 0)] - st.lag[0] * w;
+    }
+    const int64_t each = max(1, ceil_div(g.length, kBlock));
+    const int64_t grain = max(1, kGrain / min(kBlock, max(1, g.length)));
+    parallel_for(g.segments * g.pools * each, grain, [&](int64_t begin, int64_t end) {
+      int64_t pool = begin / each % g.pools, segment = begin / each / g.pools;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t from = each == 1 ? 0 : i % each * kBlock;
+        line(offset(pool, segment) + from, min(kBlock, g.length - from), mean[pool], scale[pool],
+             shift[pool]);
+        if (each > 1 && (i + 1) % each > 0) continue;
+        if (++pool == g.pools) pool = 0, ++segment;
+      }
+    });
+  }
+
+  // y of some pools that share a vector affine.
+  template <class N>
+  void apply_rows(N, int64_t pool, const Standards& st, int64_t of, int64_t begin,
+                  int64_t size) const {
+    const Pointers<S> p = pointers;
+    const Act act = c.act;
+    const int64_t at = offset(pool, 0) + begin, e = entry(pool, 0) + begin;
+    const T *w = weights + e, *b = biases + e;
+    V mean[N::count], rstd[N::count], lag[N::count];
+    NORMKIT_UNROLL
+    for (int i = 0; i < N::count; ++i)
+      mean[i] = V(st.mean[of + i]), rstd[i] = V(st.rstd[of + i]), lag[i] = V(st.lag[of + i]);
+    across<T>(size, [&](int64_t j, auto part) NORMKIT_LAMBDA {
+      const V wj = Affine::load(w + j, part), bj = Affine::load(b + j, part);
+      NORMKIT_UNROLL
+      for (int i = 0; i < N::count; ++i) {
+        const int64_t k = at + i * g.pool_stride + j;
+        V x = fma(M::load(p.x + k, part) - mean[i], rstd[i], -lag[i]);
+        Base::finish(p, act, k, part, fma(x, wj, bj));
+      }
+    });
+  }
+
+  // y of some whole pools.
+  void apply(int64_t first, int64_t pools) const {
+    if (!g.vector_affine) {
+      for (int64_t p = first; p < first + pools; ++p) apply(p, 0, g.segments, 0, g.length);
       return;
     }
-    for (int64_t s = 0; s < segments; ++s, at += g.segment_stride, e += g.segment_step) {
-      const V mean(st.mean), scale(st.rstd * weights[e]), shift(biases[e] - st.lag * weights[e]);
-      across<T>(size, [&](int64_t j, auto part) NORMKIT_LAMBDA {
-        V z = fma(M::load(p.x + at + j, part) - mean, scale, shift);
-        Base::finish(p, act, at + j, part, z);
-      });
-    }
+    const Standards st(c, first, pools);
+    int64_t i = 0;
+    // Of two rows with the same entries, these are read once.
+    for (; g.period == 1 && i + 2 <= pools; i += 2)
+      apply_rows(Several<2>(), first + i, st, i, 0, g.length);
+    for (; i < pools; ++i) apply_rows(Several<1>(), first + i, st, i, 0, g.length);
   }
 
   bool fused() const {
@@ -508,29 +639,28 @@ struct RowKernel : Core<S, K> {
   int64_t pool_grain() const { return max(1, kGrain / max(1, g.segments * g.length)); }
 
   void forward() const {
+    if (c.given && !g.vector_affine && g.segment_step == 0) {
+      apply_given();
+      return;
+    }
     if (fused()) {
       parallel_for(g.pools, pool_grain(), [&](int64_t begin, int64_t end) {
         const int64_t several = max(1, min(kSeveral, kBlock / max(1, g.segments * g.length)));
         double n[kSeveral], mean[kSeveral], m2[kSeveral];
-        Moments found[kSeveral];
         for (int64_t first = begin; first < end; first += several) {
           const int64_t pools = min(several, end - first);
           if (c.add)
             for (int64_t p = first; p < first + pools; ++p)
               for (int64_t s = 0; s < g.segments; ++s) Base::add(c, offset(p, s), g.length);
-          if (!c.given) {
-            if (pools > 1) {
-              moments(first, pools, Block(statistic, 0), pools * g.pool_stride, found);
-            } else {
-              found[0] = moments(first, 0);
-              for (int64_t k = 1; k < statistic.count; ++k) found[0].merge(moments(first, k));
-            }
-            for (int64_t i = 0; i < pools; ++i)
-              n[i] = found[i].n, mean[i] = found[i].mean, m2[i] = found[i].m2;
+          if (!c.given && pools > 1) {
+            moments(first, pools, Block(statistic, 0), pools * g.pool_stride, n, mean, m2);
             Base::finish_moments(c, first, pools, n, mean, m2);
+          } else if (!c.given) {
+            Moments m = moments(first, 0);
+            for (int64_t k = 1; k < statistic.count; ++k) m.merge(moments(first, k));
+            Base::finish_moments(c, first, m);
           }
-          if (c.y)
-            for (int64_t p = first; p < first + pools; ++p) apply(p, 0, g.segments, 0, g.length);
+          if (c.y) apply(first, pools);
         }
       });
       return;
@@ -553,7 +683,12 @@ struct RowKernel : Core<S, K> {
       }
     }
     if (!c.y) return;
-    pieces([&](int64_t p, int64_t s, int64_t begin, int64_t size) { apply(p, s, 1, begin, size); });
+    pieces([&](int64_t p, int64_t s, int64_t begin, int64_t size) {
+      if (g.vector_affine)
+        apply_rows(Several<1>(), p, Standards(c, p, 1), 0, begin, size);
+      else
+        apply(p, s, 1, begin, size);
+    });
   }
 
   // Every element once, in parallel, in pieces of a run.
@@ -580,26 +715,15 @@ struct RowKernel : Core<S, K> {
     }
   };
 
-  // Over a block: the sums of g and g * x̂, g = dz where the affine is a scalar, else dz * weight.
+  // Over a block: the sums of dz and dz * x̂, of a scalar affine.
   Sums sums(int64_t pool, const Block& block) const {
     const Pointers<S> p = pointers;
-    const Standard st(c, pool);
+    const Standards st(c, pool, 1);
     const Act act = c.act;
     int64_t at = offset(pool, block.segment) + block.begin, e = entry(pool, block.segment);
     Sum<T> s, q;
-    if (g.vector_affine) {
-      const T *w = weights + e + block.begin, *b = biases + e + block.begin;
-      along<T>(block.size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
-        V x = st.standard(Base::load_x(p, at + j, part)), wj = Affine::load(w + j, part);
-        V z = K == kBare ? x : fma(x, wj, Affine::load(b + j, part));
-        V g = Base::start(p, act, at + j, part, z) * wj;
-        s.add(slot, g);
-        q.add(slot, g, x);
-      });
-      return Sums(s.total(), q.total());
-    }
-    const V mean(st.mean), rstd(st.rstd), scale(st.rstd * weights[e]);
-    const V shift(biases[e] - st.lag * weights[e]);
+    const V mean(st.mean[0]), rstd(st.rstd[0]), scale(st.rstd[0] * weights[e]);
+    const V shift(biases[e] - st.lag[0] * weights[e]);
     for (int64_t i = 0; i < block.runs; ++i, at += g.segment_stride)
       along<T>(block.size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
         V d = Base::load_x(p, at + j, part) - mean;
@@ -608,21 +732,39 @@ struct RowKernel : Core<S, K> {
         q.add(slot, dz, d * rstd);
       });
     const double total = s.total();
-    return Sums(total, q.total() - st.lag * total);
+    return Sums(total, q.total() - st.lag[0] * total);
+  }
+
+  // Over a block: the sums of g and g * x̂, g = dz * weight, of a vector affine.
+  NORMKIT_INLINE Sums sums_of_row(int64_t pool, const Standards& st, int64_t of,
+                                  const Block& block) const {
+    const Pointers<S> p = pointers;
+    const Act act = c.act;
+    const int64_t at = offset(pool, 0) + block.begin, e = entry(pool, 0) + block.begin;
+    const T *w = weights + e, *b = biases + e;
+    Sum<T> s, q;
+    along<T>(block.size, [&](int slot, int64_t j, auto part) NORMKIT_LAMBDA {
+      V x = st.standard(of, Base::load_x(p, at + j, part)), wj = Affine::load(w + j, part);
+      V z = K == kBare ? x : fma(x, wj, Affine::load(b + j, part));
+      V g = Base::start(p, act, at + j, part, z) * wj;
+      s.add(slot, g);
+      q.add(slot, g, x);
+    });
+    return Sums(s.total(), q.total());
   }
 
   // dx = (dz * weight - <g> - x̂ <g x̂>) * rstd.
   void gradient(int64_t pool, int64_t segment, int64_t segments, int64_t begin, int64_t size,
                 Sums mean) const {
     const Pointers<S> p = pointers;
-    const Standard st(c, pool);
+    const Standards st(c, pool, 1);
     const Act act = c.act;
-    const double steeply = mean.dzx * st.rstd;
+    const double steeply = mean.dzx * st.rstd[0];
     int64_t at = offset(pool, segment) + begin, e = entry(pool, segment);
-    const V center(st.mean), rstd(st.rstd), steep(static_cast<T>(steeply));
-    const V flat(static_cast<T>(mean.dz * st.rstd - st.lag * steeply));
+    const V center(st.mean[0]), rstd(st.rstd[0]), steep(static_cast<T>(steeply));
+    const V flat(static_cast<T>(mean.dz * st.rstd[0] - st.lag[0] * steeply));
     for (int64_t s = 0; s < segments; ++s, at += g.segment_stride, e += g.segment_step) {
-      const V scale(st.rstd * weights[e]), shift(biases[e] - st.lag * weights[e]);
+      const V scale(st.rstd[0] * weights[e]), shift(biases[e] - st.lag[0] * weights[e]);
       across<T>(size, [&](int64_t j, auto part) NORMKIT_LAMBDA {
         V d = Base::load_x(p, at + j, part) - center;
         V dz = Base::start(p, act, at + j, part, fma(d, scale, shift));
@@ -705,17 +847,16 @@ struct RowKernel : Core<S, K> {
 
   // dx of some pools that share a vector affine; dw and db, where given, are added to.
   template <class N>
-  void gradient_of_rows(N, int64_t pool, const Sums* means, T* dw, T* db) const {
+  void gradient_of_rows(N, int64_t pool, const Standards& st, int64_t of, const T* flats,
+                        const T* steeps, T* dw, T* db) const {
     constexpr int many = N::count;
     const Pointers<S> p = pointers;
     const Act act = c.act;
     V mean[many], rstd[many], lag[many], flat[many], steep[many];
     NORMKIT_UNROLL
     for (int i = 0; i < many; ++i) {
-      const Standard st(c, pool + i);
-      mean[i] = V(st.mean), rstd[i] = V(st.rstd), lag[i] = V(st.lag);
-      flat[i] = V(static_cast<T>(means[i].dz * st.rstd));
-      steep[i] = V(static_cast<T>(means[i].dzx * st.rstd));
+      mean[i] = V(st.mean[of + i]), rstd[i] = V(st.rstd[of + i]), lag[i] = V(st.lag[of + i]);
+      flat[i] = V(flats[of + i]), steep[i] = V(steeps[of + i]);
     }
     const int64_t at = offset(pool, 0), e = entry(pool, 0);
     const T *w = weights + e, *b = biases + e;
@@ -744,6 +885,7 @@ struct RowKernel : Core<S, K> {
     const int64_t rows = ceil_div(least, g.period) * g.period, chunks = ceil_div(g.pools, rows);
     const int64_t several = max(2, min(kSeveral, kBlock / max(1, g.length)));
     const bool wants = c.dweight != nullptr;
+    const double whole = 1 / static_cast<double>(max(1, g.length));
     Array<T> parts(wants ? 2 * chunks * entries : 0);
     parallel_for(chunks, max(1, kGrain / max(1, rows * g.length)), [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -752,20 +894,29 @@ struct RowKernel : Core<S, K> {
           for (int64_t i = 0; i < 2 * entries; ++i) dw[i] = 0;
         const int64_t last = min(g.pools, (chunk + 1) * rows);
         for (int64_t first = chunk * rows; first < last; first += several) {
-          const int64_t end = min(last, first + several);
-          Sums means[kSeveral];
-          for (int64_t p = first; p < end && !c.given; ++p)
-            for (int64_t i = 0; i < affine.count; ++i) means[p - first] += sums(p, Block(affine, i));
-          for (int64_t p = first; p < end; ++p) means[p - first] = mean_of(p, means[p - first]);
-          int64_t p = first;
+          const int64_t pools = min(several, last - first);
+          const Standards st(c, first, pools);
+          // <g> and <g x̂>, times rstd.
+          T flat[kSeveral], steep[kSeveral];
+          Sums totals[kSeveral];
+          for (int64_t i = 0; i < pools; ++i)
+            for (int64_t k = 0; k < affine.count && !c.given; ++k)
+              totals[i] += sums_of_row(first + i, st, i, Block(affine, k));
+          for (int64_t i = 0; i < pools; ++i) {
+            const double share = Base::inverse(count(first + i), whole) * st.rstd[i];
+            flat[i] = c.center ? static_cast<T>(totals[i].dz * share) : T(0);
+            steep[i] = static_cast<T>(totals[i].dzx * share);
+          }
+          int64_t i = 0;
           auto gradients = [&](auto many) {
-            T* mine = wants ? dw + entry(p, 0) : nullptr;
-            gradient_of_rows(many, p, means + (p - first), mine, mine ? mine + entries : nullptr);
-            p += many.count;
+            T* mine = wants ? dw + entry(first + i, 0) : nullptr;
+            gradient_of_rows(many, first + i, st, i, flat, steep, mine,
+                             mine ? mine + entries : nullptr);
+            i += many.count;
           };
           // Of two rows with the same entries, these are read and written once.
-          while (g.period == 1 && p + 2 <= end) gradients(Several<2>());
-          while (p < end) gradients(Several<1>());
+          while (g.period == 1 && i + 2 <= pools) gradients(Several<2>());
+          while (i < pools) gradients(Several<1>());
         }
       }
     });
@@ -864,15 +1015,11 @@ struct ColumnKernel : Core<S, K> {
   // Count, mean and M2 a column.
   struct ColumnMoments {
     Array<double> n, mean, m2;
-    explicit ColumnMoments(int64_t width) : n(width), mean(width), m2(width) {
-      n.fill(width, 0);
-      mean.fill(width, 0);
-      m2.fill(width, 0);
-    }
+    explicit ColumnMoments(int64_t width) : n(width), mean(width), m2(width) {}
   };
 
-  // The mean of some rows of each column, added to m; with a mask, of what it leaves of them.
-  void add_rows(const Unit& u, int64_t first, int64_t last, T* m) const {
+  // Provisional means: each column's over some rows; with a mask, over what it leaves of them.
+  void means_of_rows(const Unit& u, int64_t first, int64_t last, T* m) const {
     const Pointers<S> p = pointers;
     const int64_t w = u.width;
     for (int64_t r = first; r < last; ++r) {
@@ -910,7 +1057,7 @@ struct ColumnKernel : Core<S, K> {
     }
     // About provisional means, those of the first rows, or of all rows where some are far off.
     m.fill(w, 0);
-    if (c.center) add_rows(u, first, min(last, first + kSomeRows), m.get());
+    if (c.center) means_of_rows(u, first, min(last, first + kSomeRows), m.get());
     for (int pass = 0;; ++pass) {
       s.fill(w, 0);
       q.fill(w, 0);
@@ -935,18 +1082,19 @@ struct ColumnKernel : Core<S, K> {
       for (int64_t j = 0; j < w; ++j) all_near &= Base::near(n[j], s[j], q[j]);
       if (all_near) break;
       for (int64_t j = 0; j < w; ++j)
-        if (!Base::near(n[j], s[j], q[j])) m[j] += s[j] * static_cast<T>(inverse(n[j], whole));
+        if (!Base::near(n[j], s[j], q[j])) m[j] += s[j] * static_cast<T>(Base::inverse(n[j], whole));
     }
+    const double least = Base::least(c);
     bool safe = true;
     for (int64_t j = 0; j < w; ++j) {
-      double left = c.center ? s[j] : T(0), rest = left * inverse(n[j], whole);
+      double left = c.center ? s[j] : T(0), rest = left * Base::inverse(n[j], whole);
       mean[j] = m[j] + rest;
       m2[j] = q[j] - left * rest;
-      safe &= !Base::unsafe(c, n[j], q[j]);
+      safe &= !Base::unsafe(least, n[j], q[j]);
     }
     if (safe) return;
     for (int64_t j = 0; j < w; ++j) {
-      if (!Base::unsafe(c, n[j], q[j]) || n[j] == 0) continue;
+      if (!Base::unsafe(least, n[j], q[j]) || n[j] == 0) continue;
       mean[j] = 0;
       for (int pass = c.center ? 0 : 1; pass < 2; ++pass) {
         double total = 0;
@@ -961,18 +1109,12 @@ struct ColumnKernel : Core<S, K> {
     }
   }
 
-  // 1 / n, which is known where nothing is masked.
-  static NORMKIT_INLINE double inverse(double n, double whole) {
-    if (K != kMasked) return whole;
-    return n > 0 ? 1 / n : 0;
-  }
-
   static void merge(ColumnMoments& all, int64_t begin, int64_t end, const double* n,
                     const double* mean, const double* m2) {
     if (begin == end) return;
     const double whole = 1 / (all.n[begin] + n[begin]);
     for (int64_t j = begin; j < end; ++j) {
-      double total = all.n[j] + n[j], share = n[j] * inverse(total, whole);
+      double total = all.n[j] + n[j], share = n[j] * Base::inverse(total, whole);
       double delta = mean[j] - all.mean[j], moved = all.mean[j] + delta * share;
       all.m2[j] += m2[j] + delta * delta * all.n[j] * share;
       all.mean[j] = all.n[j] > 0 ? moved : mean[j];
@@ -1049,14 +1191,14 @@ struct ColumnKernel : Core<S, K> {
     int64_t units = g.outer * tiles, unit_size = max(1, g.rows * tile);
     if (fused()) {
       parallel_for(units, max(1, kGrain / unit_size), [&](int64_t begin, int64_t end) {
-        Array<double> n(tile), mean(tile), m2(tile);
+        ColumnMoments all(tile), part(blocks > 1 ? tile : 0);
         for (int64_t i = begin; i < end; ++i) {
           Unit u = unit(i);
           if (!c.given) {
-            ColumnMoments all(u.width);
-            for (int64_t b = 0; b < blocks; ++b) {
-              moments(u, b, n.get(), mean.get(), m2.get());
-              merge(all, 0, u.width, n.get(), mean.get(), m2.get());
+            moments(u, 0, all.n.get(), all.mean.get(), all.m2.get());
+            for (int64_t b = 1; b < blocks; ++b) {
+              moments(u, b, part.n.get(), part.mean.get(), part.m2.get());
+              merge(all, 0, u.width, part.n.get(), part.mean.get(), part.m2.get());
             }
             finish(u, all);
           }
@@ -1081,7 +1223,9 @@ struct ColumnKernel : Core<S, K> {
         });
         ColumnMoments all(w);
         parallel_for(w, max(16, kGrain / blocks), [&](int64_t begin, int64_t end) {
-          for (int64_t b = 0; b < blocks; ++b) {
+          for (int64_t j = begin; j < end; ++j)
+            all.n[j] = parts[j], all.mean[j] = parts[w + j], all.m2[j] = parts[2 * w + j];
+          for (int64_t b = 1; b < blocks; ++b) {
             const double* p = &parts[3 * b * w];
             merge(all, begin, end, p, p + w, p + 2 * w);
           }
@@ -1328,36 +1472,33 @@ void by_kind(const Call& c, F f) {
     f(std::integral_constant<Kind, kBare>());
 }
 
-template <class S>
-void rows_forward(const Rows& g, const Call& c) {
-  by_kind<S>(c, [&](auto kind) { RowKernel<S, kind>(g, c).forward(); });
+// Calls f with the kernel of the call.
+template <class S, class F>
+void with_kernel(const Rows& g, const Call& c, F f) {
+  by_kind<S>(c, [&](auto kind) { f(RowKernel<S, kind>(g, c)); });
 }
-template <class S>
-void rows_backward(const Rows& g, const Call& c) {
-  by_kind<S>(c, [&](auto kind) { RowKernel<S, kind>(g, c).backward(); });
-}
-template <class S>
-void columns_forward(const Columns& g, const Call& c) {
+template <class S, class F>
+void with_kernel(const Columns& g, const Call& c, F f) {
   by_kind<S>(c, [&](auto kind) {
     if (g.affine_per_row)
-      ColumnKernel<S, kind, true>(g, c).forward();
+      f(ColumnKernel<S, kind, true>(g, c));
     else
-      ColumnKernel<S, kind, false>(g, c).forward();
+      f(ColumnKernel<S, kind, false>(g, c));
   });
 }
-template <class S>
-void columns_backward(const Columns& g, const Call& c) {
-  by_kind<S>(c, [&](auto kind) {
-    if (g.affine_per_row)
-      ColumnKernel<S, kind, true>(g, c).backward();
-    else
-      ColumnKernel<S, kind, false>(g, c).backward();
-  });
+
+template <class S, class Geometry>
+void forward(const Geometry& g, const Call& c) {
+  with_kernel<S>(g, c, [](const auto& kernel) { kernel.forward(); });
+}
+template <class S, class Geometry>
+void backward(const Geometry& g, const Call& c) {
+  with_kernel<S>(g, c, [](const auto& kernel) { kernel.backward(); });
 }
 
 template <class S>
 constexpr Kernels all() {
-  return {rows_forward<S>, rows_backward<S>, columns_forward<S>, columns_backward<S>};
+  return {forward<S, Rows>, backward<S, Rows>, forward<S, Columns>, backward<S, Columns>};
 }
 
 #ifdef NORMKIT_BFLOAT16

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -268,7 +269,7 @@ Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed
         columns(ghosts, each, channels * s, s, s, false);
       else
         rows(ghosts * channels, each, s, s, channels * s, channels, 1, 0, false,
-             (each - 1) * channels * s);
+             ghosts > 1 ? (each - 1) * channels * s : 0);
       break;
     }
     case kS:
@@ -335,10 +336,9 @@ Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   return new_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
 }
 
-Tensor parameter_like(const Tensor& like, const std::vector<double>& values) {
-  Tensor t = new_strided(like.dim(), like.sizes().data(), like.strides().data(), like.scalar_type());
+void put_values(Tensor& t, const std::vector<double>& values) {
   void* p = t.mutable_data_ptr();
-  switch (like.scalar_type()) {
+  switch (t.scalar_type()) {
     case ScalarType::Float:
       for (size_t i = 0; i < values.size(); ++i)
         static_cast<float*>(p)[i] = static_cast<float>(values[i]);
@@ -354,6 +354,11 @@ Tensor parameter_like(const Tensor& like, const std::vector<double>& values) {
       for (size_t i = 0; i < values.size(); ++i)
         static_cast<torch::headeronly::Half*>(p)[i] = static_cast<float>(values[i]);
   }
+}
+
+Tensor parameter_like(const Tensor& like, const std::vector<double>& values) {
+  Tensor t = new_strided(like.dim(), like.sizes().data(), like.strides().data(), like.scalar_type());
+  put_values(t, values);
   return t;
 }
 
@@ -375,7 +380,7 @@ struct Prepared {
 
   Prepared(const char* op, const Tensor& x, const Optional& weight_, const Optional& bias_,
            const Optional& residual, const Optional& mask, int64_t summed, int64_t groups,
-           int64_t trailing, double eps, bool center, int64_t act) {
+           int64_t trailing, double eps, bool center, int64_t act, bool given) {
     check_cpu(op, "x", x);
     storage = storage_of(op, x);
     compute = storage == kDouble ? ScalarType::Double : ScalarType::Float;
@@ -384,6 +389,7 @@ struct Prepared {
                     ": x must be contiguous or channels_last, got strides ", shown(x.strides()));
     STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps must be finite and >= 0, got ", eps);
     geometry = normkit::geometry(op, x, layout, summed, groups, trailing);
+    call.given = given;
     if (residual) check_like(op, "residual", *residual, x, layout, x.scalar_type());
     if (mask) check_like(op, "mask", *mask, x, layout, ScalarType::Bool);
     call.weight = affine(op, "weight", weight_, 1, weight);
@@ -439,27 +445,38 @@ struct Prepared {
   }
 };
 
-struct Normalized {
-  Tensor y, mean, rstd, var;
+// y; and mean, rstd and variance, where these are wanted besides.
+struct Statistics {
+  Tensor mean, rstd, var;
 };
 
-Normalized forward(const char* op, const Tensor& x, const Optional& weight, const Optional& bias,
-                   const Optional& residual, const Optional& add, Optional& total,
-                   const Optional& mask, const Optional& given_mean, const Optional& given_var,
-                   int64_t summed, int64_t groups, int64_t trailing, double eps, bool center,
-                   int64_t act) {
-  Prepared p(op, x, weight, bias, residual, mask, summed, groups, trailing, eps, center, act);
+Tensor forward(const char* op, const Tensor& x, const Optional& weight, const Optional& bias,
+               const Optional& residual, const Optional& add, Optional& total,
+               const Optional& mask, const Optional& given_mean, const Optional& given_var,
+               int64_t summed, int64_t groups, int64_t trailing, double eps, bool center,
+               int64_t act, std::optional<Statistics>* statistics) {
+  Prepared p(op, x, weight, bias, residual, mask, summed, groups, trailing, eps, center, act,
+             given_mean.has_value());
   STD_TORCH_CHECK(given_mean.has_value() == given_var.has_value(), op,
                   ": mean and var go together");
   Call& c = p.call;
   int64_t pools = p.geometry.pools();
-  Normalized out{new_like(x), new_tensor(p.geometry.statistics, ScalarType::Double),
-                 new_tensor(p.geometry.statistics, p.compute),
-                 new_tensor(p.geometry.statistics, p.compute)};
-  c.y = out.y.mutable_data_ptr();
-  c.mean = static_cast<double*>(out.mean.mutable_data_ptr());
-  c.rstd = out.rstd.mutable_data_ptr();
-  c.var = out.var.mutable_data_ptr();
+  Tensor y = new_like(x);
+  c.y = y.mutable_data_ptr();
+  std::unique_ptr<double[]> room;
+  if (statistics) {
+    const auto& sizes = p.geometry.statistics;
+    statistics->emplace(Statistics{new_tensor(sizes, ScalarType::Double),
+                                   new_tensor(sizes, p.compute), new_tensor(sizes, p.compute)});
+    c.mean = static_cast<double*>((*statistics)->mean.mutable_data_ptr());
+    c.rstd = (*statistics)->rstd.mutable_data_ptr();
+    c.var = (*statistics)->var.mutable_data_ptr();
+  } else {
+    room.reset(new double[static_cast<size_t>(3 * pools)]);
+    c.mean = room.get();
+    c.rstd = room.get() + pools;
+    c.var = room.get() + 2 * pools;
+  }
   if (add) {
     check_like(op, "add", *add, x, p.layout, x.scalar_type());
     total = new_like(x);
@@ -467,7 +484,6 @@ Normalized forward(const char* op, const Tensor& x, const Optional& weight, cons
     c.add = add->const_data_ptr();
     c.x = total->mutable_data_ptr();
   }
-  c.given = given_mean.has_value();
   if (c.given) {
     auto mean = values<double>(op, "mean", given_mean, pools, 0);
     auto var = values<double>(op, "var", given_var, pools, 0);
@@ -484,10 +500,10 @@ Normalized forward(const char* op, const Tensor& x, const Optional& weight, cons
       p.put(c.var, i, 0);
       p.put(c.rstd, i, 1 / std::sqrt(eps));
     }
-    return out;
+    return y;
   }
   p.forward();
-  return out;
+  return y;
 }
 
 // Count, mean and biased variance of each pool, in float64.
@@ -495,7 +511,7 @@ Tensor moments(const Tensor& x, Optional mask, int64_t summed, int64_t groups, i
                double eps, bool center, int64_t act) {
   Optional none;
   Prepared p("normkit::moments", x, none, none, none, mask, summed, groups, trailing, eps, center,
-             act);
+             act, false);
   int64_t pools = p.geometry.pools();
   auto sizes = p.geometry.statistics;
   sizes.insert(sizes.begin(), 3);
@@ -516,19 +532,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(
     Optional mean, Optional var, int64_t summed, int64_t groups, int64_t trailing, double eps,
     bool center, int64_t act) {
   Optional none, total;
-  auto out = forward("normkit::normalize", x, weight, bias, residual, none, total, mask, mean, var,
-                     summed, groups, trailing, eps, center, act);
-  return {out.y, out.mean, out.rstd, out.var};
+  std::optional<Statistics> statistics;
+  Tensor y = forward("normkit::normalize", x, weight, bias, residual, none, total, mask, mean, var,
+                     summed, groups, trailing, eps, center, act, &statistics);
+  return {y, statistics->mean, statistics->rstd, statistics->var};
+}
+
+// As normalize, y alone.
+Tensor output(const Tensor& x, Optional weight, Optional bias, Optional residual, Optional mask,
+              Optional mean, Optional var, int64_t summed, int64_t groups, int64_t trailing,
+              double eps, bool center, int64_t act) {
+  Optional none, total;
+  return forward("normkit::output", x, weight, bias, residual, none, total, mask, mean, var, summed,
+                 groups, trailing, eps, center, act, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_normalize(
     const Tensor& x, const Tensor& add, Optional weight, Optional bias, Optional mask,
     int64_t summed, int64_t groups, int64_t trailing, double eps, bool center, int64_t act) {
   Optional none, total;
+  std::optional<Statistics> statistics;
   STD_TORCH_CHECK(summed == kK, "normkit::add_normalize: only row norms take add");
-  auto out = forward("normkit::add_normalize", x, weight, bias, none, Optional(add), total, mask,
-                     none, none, summed, groups, trailing, eps, center, act);
-  return {out.y, out.mean, out.rstd, out.var, *total};
+  Tensor y = forward("normkit::add_normalize", x, weight, bias, none, Optional(add), total, mask,
+                     none, none, summed, groups, trailing, eps, center, act, &statistics);
+  return {y, statistics->mean, statistics->rstd, statistics->var, *total};
+}
+
+// running <- (1 - momentum) * running + momentum * batch, of mean and variance, the latter times
+// `unbias`; batches counts up by one.
+void move(Tensor running_mean, Tensor running_var, Optional batches, const Tensor& mean,
+          const Tensor& var, double momentum, double unbias) {
+  const char* op = "normkit::move";
+  int64_t n = running_mean.numel();
+  auto moved = [&](const char* name, Tensor& running, const char* of, const Tensor& batch,
+                   double factor) {
+    auto now = values<double>(op, name, running, n, 0), then = values<double>(op, of, batch, n, 0);
+    for (size_t i = 0; i < now.size(); ++i) now[i] = (1 - momentum) * now[i] + factor * then[i];
+    return now;
+  };
+  auto new_mean = moved("running_mean", running_mean, "mean", mean, momentum);
+  auto new_var = moved("running_var", running_var, "var", var, momentum * unbias);
+  if (batches) {
+    check_values(op, "batches", *batches, 1);
+    STD_TORCH_CHECK(batches->scalar_type() == ScalarType::Long, op, ": batches must be int64, got ",
+                    torch::headeronly::toString(batches->scalar_type()));
+    ++*static_cast<int64_t*>(batches->mutable_data_ptr());
+  }
+  put_values(running_mean, new_mean);
+  put_values(running_var, new_var);
 }
 
 // What both verbs of a backward check and set up alike.
@@ -538,8 +589,10 @@ struct PreparedBackward : Prepared {
   PreparedBackward(const char* op, const Tensor& dy, const Tensor& x, const Optional& weight,
                    const Optional& bias, const Optional& residual, const Optional& output,
                    const Optional& mask, const Tensor& mean, const Tensor& rstd, int64_t summed,
-                   int64_t groups, int64_t trailing, double eps, bool center, int64_t act)
-      : Prepared(op, x, weight, bias, residual, mask, summed, groups, trailing, eps, center, act) {
+                   int64_t groups, int64_t trailing, double eps, bool center, int64_t act,
+                   bool given)
+      : Prepared(op, x, weight, bias, residual, mask, summed, groups, trailing, eps, center, act,
+                 given) {
     check_like(op, "dy", dy, x, layout, x.scalar_type());
     if (output) check_like(op, "output", *output, x, layout, x.scalar_type());
     int64_t pools = geometry.pools();
@@ -562,11 +615,10 @@ Tensor sums(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, O
   const char* op = "normkit::sums";
   STD_TORCH_CHECK(summed == kNS && trailing == 0, op, ": only batch norm is summed by itself");
   PreparedBackward p(op, dy, x, weight, bias, residual, output, mask, mean, rstd, summed, groups,
-                     trailing, eps, center, act);
+                     trailing, eps, center, act, true);
   int64_t entries = p.geometry.entries;
   Tensor out = new_tensor({2, entries}, ScalarType::Double);
   Call& c = p.call;
-  c.given = true;
   c.dbias = static_cast<double*>(out.mutable_data_ptr());
   c.dweight = c.dbias + entries;
   if (x.numel() > 0)
@@ -583,10 +635,9 @@ std::tuple<Tensor, Optional, Optional, Optional> normalize_backward(
     bool center, int64_t act, bool given, bool wants_dz) {
   const char* op = "normkit::normalize_backward";
   PreparedBackward p(op, dy, x, weight, bias, residual, output, mask, mean, rstd, summed, groups,
-                     trailing, eps, center, act);
+                     trailing, eps, center, act, given);
   Call& c = p.call;
   if (dtotal) check_like(op, "dtotal", *dtotal, x, p.layout, x.scalar_type());
-  c.given = given;
   c.dtotal = data(dtotal);
   STD_TORCH_CHECK(flat.has_value() == steep.has_value(), op, ": flat and steep go together");
   STD_TORCH_CHECK(!flat || (given && trailing == 0), op,
@@ -628,6 +679,10 @@ STABLE_TORCH_LIBRARY(normkit, m) {
       "Tensor? mean, Tensor? var, int summed, int groups, int trailing, float eps, bool center, "
       "int act) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "output(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
+      "Tensor? mean, Tensor? var, int summed, int groups, int trailing, float eps, bool center, "
+      "int act) -> Tensor");
+  m.def(
       "add_normalize(Tensor x, Tensor add, Tensor? weight, Tensor? bias, Tensor? mask, "
       "int summed, int groups, int trailing, float eps, bool center, int act) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -644,11 +699,16 @@ STABLE_TORCH_LIBRARY(normkit, m) {
       "Tensor? dtotal, int summed, int groups, int trailing, float eps, bool center, int act, "
       "bool given, bool wants_dz) "
       "-> (Tensor, Tensor?, Tensor?, Tensor?)");
+  m.def(
+      "move(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, Tensor mean, "
+      "Tensor var, float momentum, float unbias) -> ()");
   m.def("instructions() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(normkit, CPU, m) {
   m.impl("normalize", TORCH_BOX(&normkit::normalize));
+  m.impl("output", TORCH_BOX(&normkit::output));
+  m.impl("move", TORCH_BOX(&normkit::move));
   m.impl("add_normalize", TORCH_BOX(&normkit::add_normalize));
   m.impl("moments", TORCH_BOX(&normkit::moments));
   m.impl("sums", TORCH_BOX(&normkit::sums));

@@ -14,6 +14,7 @@
 
 #define NORMKIT_INLINE inline __attribute__((always_inline))
 #define NORMKIT_UNROLL _Pragma("GCC unroll 16")
+#define NORMKIT_INDEPENDENT _Pragma("GCC ivdep")
 #define NORMKIT_LAMBDA __attribute__((always_inline))
 // What is rare or slow anyway stays out of the loops, for the compiler's sake.
 #define NORMKIT_APART __attribute__((noinline))
@@ -115,10 +116,12 @@ struct Lanes {
   NORMKIT_INLINE T* end() { return a + Vec<T>::kLanes; }
 };
 
-// A sum over 64 bytes of lanes in each of four slots, added up as a tree: i with i + half.
-template <class T>
+// A sum over 64 bytes of lanes in each of four slots, or in one where few are added, added up as a
+// tree: i with i + half.
+template <class T, int Slots = 4>
 struct Sum {
-  Vec<T> s[4 * kParts];
+  static constexpr int kQuarter = 16 / sizeof(T);
+  Vec<T> s[Slots * kParts];
 
   NORMKIT_INLINE Sum() {
     NORMKIT_UNROLL
@@ -126,16 +129,28 @@ struct Sum {
   }
   NORMKIT_INLINE void add(int slot, Vec<T> v) { s[slot] = s[slot] + v; }
   NORMKIT_INLINE void add(int slot, Vec<T> a, Vec<T> b) { s[slot] = fma(a, b, s[slot]); }
-  NORMKIT_INLINE T total() const {
+  // The last 16 bytes of the tree, for `last` to add up.
+  NORMKIT_INLINE void total(T* last) const {
     Vec<T> t[kParts];
     NORMKIT_UNROLL
     for (int p = 0; p < kParts; ++p)
-      t[p] = (s[p] + s[kParts + p]) + (s[2 * kParts + p] + s[3 * kParts + p]);
+      if constexpr (Slots == 4)
+        t[p] = (s[p] + s[kParts + p]) + (s[2 * kParts + p] + s[3 * kParts + p]);
+      else
+        t[p] = s[p];
     typename Registers<T>::Quarter q[4];
     std::memcpy(q, t, 64);
     auto h = (q[0] + q[2]) + (q[1] + q[3]);
+    std::memcpy(last, &h, 16);
+  }
+  static NORMKIT_INLINE T last(const T* h) {
     if constexpr (sizeof(T) == 4) return (h[0] + h[2]) + (h[1] + h[3]);
     return h[0] + h[1];
+  }
+  NORMKIT_INLINE T total() const {
+    T h[kQuarter];
+    total(h);
+    return last(h);
   }
 };
 
@@ -262,37 +277,42 @@ struct Memory<float> : Plain<float> {
 };
 #endif
 
+// A vector's values in two bytes each.
+typedef uint16_t Narrowed __attribute__((vector_size(kBytes / 2)));
+
 // Values of two bytes each, widened and rounded by F.
 template <class S, class F>
 struct Narrow {
   using V = Vec<float>;
-  static NORMKIT_INLINE V load(const S* p, Whole) { return F::widen(p); }
-  static NORMKIT_INLINE void store(S* p, V v, Whole) { F::round(p, v); }
+  static NORMKIT_INLINE V load(const S* p, Whole) {
+    Narrowed v;
+    std::memcpy(&v, p, kBytes / 2);
+    return F::widened(v);
+  }
+  static NORMKIT_INLINE void store(S* p, V v, Whole) {
+    Narrowed half = F::rounded(v);
+    std::memcpy(p, &half, kBytes / 2);
+  }
   static NORMKIT_INLINE void stream(S* p, V v) {
-    alignas(32) S a[V::kLanes];
-    F::round(a, v);
-    stream_bytes<kBytes / 2>(p, a);
+    Narrowed half = F::rounded(v);
+    stream_bytes<kBytes / 2>(p, &half);
   }
 #if NORMKIT_BYTES == 64
   static NORMKIT_INLINE V load(const S* p, Part part) {
-    alignas(32) S a[V::kLanes];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(a), _mm256_maskz_loadu_epi16(first(part), p));
-    return F::widen(a);
+    return F::widened((Narrowed)_mm256_maskz_loadu_epi16(first(part), p));
   }
   static NORMKIT_INLINE void store(S* p, V v, Part part) {
-    alignas(32) S a[V::kLanes];
-    F::round(a, v);
-    _mm256_mask_storeu_epi16(p, first(part), _mm256_load_si256(reinterpret_cast<__m256i*>(a)));
+    _mm256_mask_storeu_epi16(p, first(part), (__m256i)F::rounded(v));
   }
 #else
   static NORMKIT_APART V load(const S* p, Part part) {
     S a[V::kLanes] = {};
     for (int i = 0; i < part.n; ++i) a[i] = p[i];
-    return F::widen(a);
+    return load(a, Whole());
   }
   static NORMKIT_APART void store(S* p, V v, Part part) {
     S a[V::kLanes];
-    F::round(a, v);
+    store(a, v, Whole());
     for (int i = 0; i < part.n; ++i) p[i] = a[i];
   }
 #endif
@@ -301,73 +321,56 @@ struct Narrow {
 struct BFloat16Lanes {
   typedef uint32_t U32 __attribute__((vector_size(kBytes)));
 #if NORMKIT_BYTES == 64
-  static NORMKIT_INLINE U32 wide(const BFloat16* p) {
-    return (U32)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  static NORMKIT_INLINE U32 wide(Narrowed v) {
+    return (U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
   }
-  static NORMKIT_INLINE void narrow(BFloat16* p, U32 v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v));
+  static NORMKIT_INLINE Narrowed narrow(U32 v) {
+    return (Narrowed)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
   }
 #elif NORMKIT_BYTES == 32
-  static NORMKIT_INLINE U32 wide(const BFloat16* p) {
-    return (U32)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static NORMKIT_INLINE void narrow(BFloat16* p, U32 v) {
+  static NORMKIT_INLINE U32 wide(Narrowed v) { return (U32)_mm256_cvtepu16_epi32((__m128i)v); }
+  static NORMKIT_INLINE Narrowed narrow(U32 v) {
     auto low = _mm256_castsi256_si128((__m256i)v), high = _mm256_extracti128_si256((__m256i)v, 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+    return (Narrowed)_mm_packus_epi32(low, high);
   }
 #else
-  typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));
-  static NORMKIT_INLINE U32 wide(const BFloat16* p) {
-    U16 half;
-    std::memcpy(&half, p, kBytes / 2);
-    return __builtin_convertvector(half, U32);
-  }
-  static NORMKIT_INLINE void narrow(BFloat16* p, U32 v) {
-    U16 half = __builtin_convertvector(v, U16);
-    std::memcpy(p, &half, kBytes / 2);
-  }
+  static NORMKIT_INLINE U32 wide(Narrowed v) { return __builtin_convertvector(v, U32); }
+  static NORMKIT_INLINE Narrowed narrow(U32 v) { return __builtin_convertvector(v, Narrowed); }
 #endif
 
-  static NORMKIT_INLINE Vec<float> widen(const BFloat16* p) {
-    U32 bits = wide(p) << 16;
+  static NORMKIT_INLINE Vec<float> widened(Narrowed half) {
+    U32 bits = wide(half) << 16;
     Vec<float> v;
     std::memcpy(&v, &bits, kBytes);
     return v;
   }
-  static NORMKIT_INLINE void round(BFloat16* p, Vec<float> v) {
+  static NORMKIT_INLINE Narrowed rounded(Vec<float> v) {
 #ifdef NORMKIT_BFLOAT16
     // The instruction takes subnormals for zero and keeps a NaN's payload: these go the long way.
     constexpr int subnormal_or_nan = 0x20 | 0x01 | 0x80;
-    if (__builtin_expect(_mm512_fpclass_ps_mask(v.r, subnormal_or_nan) == 0, 1)) {
-      __m256bh half = _mm512_cvtneps_pbh(v.r);
-      std::memcpy(p, &half, kBytes / 2);
-      return;
-    }
+    if (__builtin_expect(_mm512_fpclass_ps_mask(v.r, subnormal_or_nan) == 0, 1))
+      return (Narrowed)_mm512_cvtneps_pbh(v.r);
 #endif
     U32 bits;
     std::memcpy(&bits, &v, kBytes);
     U32 nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    narrow(p, v.r == v.r ? nearest : 0x7fc0u - U32{});
+    return narrow(v.r == v.r ? nearest : 0x7fc0u - U32{});
   }
 };
 
 #if NORMKIT_BYTES == 64
 struct HalfLanes {
-  static NORMKIT_INLINE Vec<float> widen(const Half* p) {
-    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  static NORMKIT_INLINE Vec<float> widened(Narrowed v) {
+    return _mm512_maskz_cvtph_ps(0xffff, (__m256i)v);
   }
-  static NORMKIT_INLINE void round(Half* p, Vec<float> v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v.r, 0));
+  static NORMKIT_INLINE Narrowed rounded(Vec<float> v) {
+    return (Narrowed)_mm512_maskz_cvtps_ph(0xffff, v.r, 0);
   }
 };
 #elif NORMKIT_BYTES == 32
 struct HalfLanes {
-  static NORMKIT_INLINE Vec<float> widen(const Half* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static NORMKIT_INLINE void round(Half* p, Vec<float> v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.r, 0));
-  }
+  static NORMKIT_INLINE Vec<float> widened(Narrowed v) { return _mm256_cvtph_ps((__m128i)v); }
+  static NORMKIT_INLINE Narrowed rounded(Vec<float> v) { return (Narrowed)_mm256_cvtps_ph(v.r, 0); }
 };
 #else
 NORMKIT_INLINE float widen_half(uint16_t half) {
@@ -400,14 +403,16 @@ NORMKIT_INLINE uint16_t round_to_half(float value) {
   return static_cast<uint16_t>(sign | (magnitude >> 13));
 }
 struct HalfLanes {
-  static NORMKIT_APART Vec<float> widen(const Half* p) {
+  static NORMKIT_APART Vec<float> widened(Narrowed half) {
     Lanes<float> lanes{Vec<float>(0.0f)};
-    for (float& v : lanes) v = widen_half((p++)->bits);
+    for (int i = 0; i < Vec<float>::kLanes; ++i) lanes.a[i] = widen_half(half[i]);
     return lanes.vec();
   }
-  static NORMKIT_APART void round(Half* p, Vec<float> v) {
+  static NORMKIT_APART Narrowed rounded(Vec<float> v) {
     Lanes<float> lanes(v);
-    for (float x : lanes) (p++)->bits = round_to_half(x);
+    Narrowed half;
+    for (int i = 0; i < Vec<float>::kLanes; ++i) half[i] = round_to_half(lanes.a[i]);
+    return half;
   }
 };
 #endif
