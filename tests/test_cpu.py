@@ -20,7 +20,7 @@ from normkit.spec import Inputs, Spec
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 
-INSTRUCTIONS = ("avx512", "avx2", "portable")
+INSTRUCTIONS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 # (layer, shape, layout): long and short runs, pools fewer and more than threads, odd sizes.
 CASES = [
@@ -103,6 +103,27 @@ def test_a_sample_of_a_row_norm_does_not_depend_on_the_others(case):
     assert torch.equal(dx[last], dx_alone)
 
 
+FACTORS = torch.tensor([1.0, 1 + 2.0**-8, -(2.0**-60), 2.0**-140, 3e38])
+
+
+def every_bfloat16(axis):
+    """Every value of bfloat16 times some factors, rounded by a kernel that runs along `axis`."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    x = x.expand(5, -1).T.contiguous() if axis == 0 else x.expand(1, 5, -1).contiguous()
+    zero, one = torch.zeros(5), torch.ones(5)
+    return x, normkit.functional.batch_norm(x, zero, one, FACTORS, zero, eps=0.0)
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_rounding_to_bfloat16_is_torchs(axis):
+    """Subnormal results, ties, infinities and NaN among them."""
+    x, y = every_bfloat16(axis)
+    expected = (x.float() * (FACTORS if axis == 0 else FACTORS[:, None])).bfloat16()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert (y.isnan() == x.isnan()).all()
+    assert ((y != 0) & (y.abs() < torch.finfo(torch.bfloat16).smallest_normal)).sum() > 1000
+
+
 def test_avx2_and_avx512_give_the_same_bits():
     """Each in a process of its own, since the choice is made once."""
     script = (
@@ -111,10 +132,12 @@ def test_avx2_and_avx512_give_the_same_bits():
         "digests = [hashlib.sha256(b''.join(t.float().numpy().tobytes() for t in "
         "test_cpu.run(case, dtype))).hexdigest() for case in test_cpu.CASES "
         "for dtype in (torch.float32, torch.bfloat16, torch.float16)]\n"
+        "digests += [hashlib.sha256(test_cpu.every_bfloat16(axis)[1].view(torch.int16).numpy()"
+        ".tobytes()).hexdigest() for axis in (0, -1)]\n"
         "print(json.dumps([cpu.instructions(), digests]))"
     )
     ran = {}
-    for wanted in ("avx512", "avx2"):
+    for wanted in INSTRUCTIONS[:-1]:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", script, str(Path(__file__).parent)],
             env=os.environ | {"NORMKIT_CPU": wanted},
@@ -127,8 +150,9 @@ def test_avx2_and_avx512_give_the_same_bits():
         name, ran[wanted] = json.loads(done.stdout)
         assert name == wanted
     if len(ran) < 2:
-        pytest.skip(f"this processor has not both: {', '.join(ran) or 'neither'}")
-    assert ran["avx512"] == ran["avx2"]
+        pytest.skip(f"this processor has no two of them: {', '.join(ran) or 'none'}")
+    first = next(iter(ran.values()))
+    assert all(digests == first for digests in ran.values())
 
 
 @pytest.mark.parametrize("wanted", INSTRUCTIONS)
@@ -319,6 +343,12 @@ def test_no_call_is_out_of_bounds(data):
         assert y.shape == x.shape
         assert y.dtype == x.dtype
         assert y.isfinite().all()
+    alone = called(
+        torch.ops.normkit.output,
+        *(x, weight, bias, residual, masked, given_mean, given_var, *constants),
+    )
+    assert (alone is None) == (done is None)
+    assert alone is None or torch.equal(alone, done[0])
     dy, output = data.draw(tensors(like)), data.draw(same)
     backward = (dy, x, weight, bias, residual, output, masked, mean, rstd)
     pools = st.one_of(st.none(), tensors((tuple(mean.shape), torch.float64)))
@@ -332,6 +362,37 @@ def test_no_call_is_out_of_bounds(data):
     assert done is None or tuple(done.shape) == (2, channels)
     done = called(torch.ops.normkit.moments, x, masked, *constants)
     assert done is None or (len(done) == 3 and done.isfinite().all())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_move_is_out_of_bounds(data):
+    averages = st.one_of(tensors(((3,), torch.float32)), tensors())
+    counter = st.one_of(st.none(), tensors(((), torch.int64)))
+    batches = data.draw(counter)
+    moving = [data.draw(averages) for _ in range(4)]
+    before = [t.clone() for t in moving]
+    count = None if batches is None else batches.clone()
+    called(torch.ops.normkit.move, *moving[:2], batches, *moving[2:], 0.25, 1.0)
+    for now, then in zip(moving, before, strict=True):
+        assert torch.equal(now, then)  # all ones: so they stay
+    assert count is None or torch.equal(batches, count) or torch.equal(batches, count + 1)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+def test_running_averages_move_in_place_and_say_so(dtype):
+    mean, var, mean_of, var_of = (torch.rand(5).to(dtype) for _ in range(4))
+    batches = torch.tensor(7)
+    expected = (0.9 * mean.double() + 0.1 * mean_of.double()).to(dtype)
+    expected_var = (0.9 * var.double() + 0.1 * 1.25 * var_of.double()).to(dtype)
+    versions = [t._version for t in (mean, var, batches)]
+    assert cpu.move(mean, var, batches, mean_of.double(), var_of, 0.1, 1.25)
+    assert torch.equal(mean, expected)
+    assert torch.equal(var, expected_var)
+    assert batches == 8
+    assert all(t._version > v for t, v in zip((mean, var, batches), versions, strict=True))
+    assert not cpu.move(mean.to("meta"), var, None, mean_of, var_of, 0.1, 1.0)
+    assert not cpu.move(torch.rand(5, 2).to(dtype)[:, 0], var, None, mean_of, var_of, 0.1, 1.0)
 
 
 SPLIT = [

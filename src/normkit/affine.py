@@ -28,10 +28,10 @@ class Affine(NamedTuple):
         bias: Tensor | None,
     ) -> Affine:
         """weight and bias, checked; `plain` is the shape of those that all samples share."""
+        if _is_plain(weight, x, plain) and _is_plain(bias, x, plain):
+            return cls(weight, bias)
         for name, parameter in (("weight", weight), ("bias", bias)):
             _check(name, parameter, pool, x, plain)
-        if (weight is None or weight.shape == plain) and (bias is None or bias.shape == plain):
-            return cls(weight, bias)
         return cls(_full_rank(weight, pool, x), _full_rank(bias, pool, x), conditional=True)
 
     def after(self, r: Tensor, d: Tensor, ndim: int) -> Affine:
@@ -44,6 +44,15 @@ class Affine(NamedTuple):
 
 
 NO_AFFINE = Affine()
+
+
+def _is_plain(parameter: Tensor | None, x: Tensor, plain: tuple[int, ...]) -> bool:
+    return parameter is None or (
+        isinstance(parameter, Tensor)
+        and parameter.shape == plain
+        and parameter.is_floating_point()
+        and parameter.device == x.device
+    )
 
 
 def _full_rank(parameter: Tensor | None, pool: Pool, x: Tensor) -> Tensor | None:
@@ -68,7 +77,7 @@ def _check(
         met = parameter.dtype if isinstance(parameter, Tensor) else type(parameter).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {met}")
     check_device(name, parameter, x)
-    if tuple(parameter.shape) == plain:
+    if parameter.shape == plain:
         return
     if parameter.dim() in (len(plain) + 1, x.dim()) and parameter.dim() <= x.dim():
         full = _full_rank(parameter, pool, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from .sync import Merge, Settings
 def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor, ...]:
     """(y, mean, rstd, variance), and x + add if there is one, by the backend that takes the call.
 
-    Only y and x + add are differentiable. Under torch.compile the reference formula itself is
-    traced; under export, torch's own operators are, unless the statistics are needed because they
-    are tracked. A Function inside two forward-mode transforms loses the outer tangent without a
-    word, so there too the formula itself runs.
+    Where the statistics aren't `tracked`, y alone may come. Only y and x + add are differentiable.
+    Under torch.compile the reference formula itself is traced; under export, torch's own operators
+    are, unless the statistics are tracked. A Function inside two forward-mode transforms loses the
+    outer tangent without a word, so there too the formula itself runs.
     """
-    if not _plain():
+    if not plain():
         if inputs.add is not None:
             total = inputs.x + inputs.add
             return *normalize(spec, inputs._replace(x=total, add=None), tracked), total
@@ -34,12 +35,19 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor
             y, *statistics = reference.normalize(spec, inputs)
             return y, *(s.detach() for s in statistics)
         return _TransformedNormalize.apply(spec, *inputs)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Normalize.apply(spec, *inputs)
-    return backend.choose(spec, inputs).normalize(spec, inputs)
+    verbs = backend.choose(spec, inputs)
+    if torch.is_grad_enabled():
+        differentiable = (inputs.x, inputs.weight, inputs.bias, inputs.residual, inputs.add)
+        if any(t is not None and t.requires_grad for t in differentiable):
+            found: list[Tensor] = []
+            y, *total = _Normalize.apply(spec, inputs, verbs, found, *differentiable)
+            return y, *found, *total
+    if tracked or inputs.add is not None:
+        return verbs.normalize(spec, inputs)
+    return (verbs.output(spec, inputs),)
 
 
-def _plain() -> bool:
+def plain() -> bool:
     """No compiler, export, transform or forward mode is at work."""
     return not (
         torch.compiler.is_compiling()
@@ -57,36 +65,42 @@ def _forward_over_forward() -> bool:
 
 
 def _save(ctx: Any, spec: Spec, inputs: Inputs, outputs: tuple[Tensor, ...]) -> None:
-    y, mean, rstd, var, *total = outputs
-    ctx.mark_non_differentiable(mean, rstd, var)
+    """What the backward needs: what `_saved` gives back."""
+    x, weight, bias, residual, mask, *_ = inputs
+    y, mean, rstd, _, *total = outputs
     ctx.set_materialize_grads(False)
-    ctx.spec, ctx.has_residual = spec, inputs.residual is not None
-    saved = inputs._replace(mean=mean, var=None, rstd=rstd)
-    if total:
-        saved = saved._replace(x=total[0], add=None)
-    if spec.act in ("relu", "leaky_relu") and inputs.residual is not None:
-        saved = saved._replace(residual=None, output=y)
+    ctx.spec, ctx.has_residual = spec, residual is not None
+    output = None
+    if residual is not None and spec.act in ("relu", "leaky_relu"):
+        residual, output = None, y
     elif spec.act is None:
-        saved = saved._replace(residual=None)
-    ctx.save_for_backward(*saved)
+        residual = None
+    ctx.save_for_backward(
+        total[0] if total else x, weight, bias, residual, mask, mean, rstd, output
+    )
 
 
-def _backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    spec, inputs = ctx.spec, Inputs(*ctx.saved_tensors)
-    dtotal = others[3] if len(others) > 3 else None
+def _saved(ctx: Any) -> Inputs:
+    x, weight, bias, residual, mask, mean, rstd, output = ctx.saved_tensors
+    return Inputs(x, weight, bias, residual, mask, None, mean, None, rstd, output)
+
+
+def _backward(
+    ctx: Any, verbs: ModuleType | None, dy: Tensor | None, dtotal: Tensor | None, has_add: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias, residual and add."""
     if dy is None:
-        return (None, dtotal, None, None, None, None, dtotal, None, None, None, None)
+        return dtotal, None, None, None, dtotal
+    spec, inputs = ctx.spec, _saved(ctx)
     if torch.is_grad_enabled():
         # Someone differentiates this backward: the statistics must be functions of x again.
         again = inputs if spec.given else inputs._replace(mean=None, rstd=None)
         gradients = reference.normalize_backward(spec, again, dy, dtotal)
     else:
-        dy = _laid_out_like(dy, inputs.x)
-        gradients = backend.choose(spec, inputs).normalize_backward(spec, inputs, dy, dtotal)
+        verbs = verbs or backend.choose(spec, inputs)
+        gradients = verbs.normalize_backward(spec, inputs, _laid_out_like(dy, inputs.x), dtotal)
     dx, dweight, dbias, dz = gradients
-    dresidual = dz if ctx.has_residual else None
-    dadd = dx if len(others) > 3 else None
-    return (None, dx, dweight, dbias, dresidual, None, dadd, None, None, None, None)
+    return dx, dweight, dbias, dz if ctx.has_residual else None, dx if has_add else None
 
 
 def moments(spec: Spec, inputs: Inputs, merge: Merge, settings: Settings) -> Moments:
@@ -94,7 +108,7 @@ def moments(spec: Spec, inputs: Inputs, merge: Merge, settings: Settings) -> Mom
 
     Where the formula itself is traced they are functions of x, else constants.
     """
-    if _plain():
+    if plain():
 
         def read() -> Moments:
             with torch.no_grad():
@@ -107,11 +121,11 @@ def moments(spec: Spec, inputs: Inputs, merge: Merge, settings: Settings) -> Mom
 
 def normalize_merged(spec: Spec, inputs: Inputs, merge: Merge, n: Tensor | int) -> Tensor:
     """y by merged statistics of n elements, which `inputs` hold; they count as functions of x."""
-    if not _plain():
+    if not plain():
         return reference.normalize(spec, inputs)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _NormalizeMerged.apply(spec, merge, n, *inputs)
-    return backend.choose(spec, inputs).normalize(spec, inputs)[0]
+    return backend.choose(spec, inputs).output(spec, inputs)
 
 
 def _merged(own: Tensor, merge: Merge, settings: Settings) -> Moments:
@@ -180,7 +194,7 @@ class _NormalizeMerged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        spec, inputs, n = ctx.spec, Inputs(*ctx.saved_tensors), ctx.n
+        spec, inputs, n = ctx.spec, _saved(ctx), ctx.n
         if dy is None:
             dy = torch.zeros_like(inputs.x)
         if torch.is_grad_enabled():
@@ -211,13 +225,25 @@ class _Normalize(torch.autograd.Function):
     """What runs eagerly; a Function with rules for transforms costs ten microseconds more."""
 
     @staticmethod
-    def forward(ctx: Any, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        inputs = Inputs(*tensors)  # type: ignore[arg-type]
-        outputs = backend.choose(spec, inputs).normalize(spec, inputs)
+    def forward(
+        ctx: Any,
+        spec: Spec,
+        inputs: Inputs,
+        verbs: ModuleType,
+        found: list[Tensor],
+        *differentiable: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """y, and x + add if there is one; the statistics are `found`, not outputs."""
+        outputs = verbs.normalize(spec, inputs)
         _save(ctx, spec, inputs, outputs)
-        return outputs
+        ctx.verbs = verbs
+        found.extend(outputs[1:4])
+        return outputs[:1] + outputs[4:]
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_total = dtotal[0] if dtotal else None
+        return (None, None, None, None, *_backward(ctx, ctx.verbs, dy, of_total, bool(dtotal)))
 
 
 class _TransformedNormalize(torch.autograd.Function):
@@ -231,10 +257,16 @@ class _TransformedNormalize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         spec, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
         _save(ctx, spec, Inputs(*tensors), output)
         ctx.save_for_forward(*tensors)
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, *of_statistics: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        dx, dweight, dbias, dresidual, _ = _backward(ctx, None, dy, None, False)
+        return None, dx, dweight, dbias, dresidual, *(None,) * 6
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -289,13 +289,13 @@ def instance_norm(
             f"{tuple(input.shape)}, whose variance is 0; use larger inputs or another norm"
         )
     spec = Spec(INSTANCE, eps, True, act, conditional=affine.conditional)
-    tracked = running_mean is not None
     inputs = Inputs(input, affine.weight, affine.bias, residual, mask)
-    y, mean, _, var = _normalize(spec, inputs, tracked)
-    if running_mean is not None and running_var is not None:
-        batch = statistics.moments(INSTANCE, input, mask, mean, var)
-        running = Running(running_mean, running_var, None, momentum)
-        statistics.track(running, batch, mask is not None)
+    if running_mean is None or running_var is None:
+        return _normalize(spec, inputs)[0]
+    y, mean, _, var = _normalize(spec, inputs, tracked=True)
+    batch = statistics.moments(INSTANCE, input, mask, mean, var)
+    running = Running(running_mean, running_var, None, momentum)
+    statistics.track(running, batch, mask is not None)
     return y
 
 
@@ -369,9 +369,7 @@ def layer_norm(
     2022 (arXiv 2201.03545).
     """
     return _row_norm(
-        "layer_norm",
-        *(input, normalized_shape, weight, bias, eps),
-        *(channels_first, mask, add, act),
+        "layer_norm", input, normalized_shape, weight, bias, eps, channels_first, mask, add, act
     )
 
 
@@ -405,9 +403,7 @@ def rms_norm(
         check_input(input, 1, "any")
         eps = torch.finfo(compute_dtype(input.dtype)).eps
     return _row_norm(
-        "rms_norm",
-        *(input, normalized_shape, weight, bias, eps),
-        *(channels_first, mask, add, act),
+        "rms_norm", input, normalized_shape, weight, bias, eps, channels_first, mask, add, act
     )
 
 
@@ -598,7 +594,12 @@ def _by_running(
     if aten.exporting() and mask is None:
         inputs = Inputs(input, affine.weight, affine.bias, residual)
         return aten.by_running(spec, inputs, running_mean, running_var)
-    mean, var = recompute.remember(lambda: statistics.given(running_mean, running_var), moves=False)
+    if autograd.plain() and recompute.idle():
+        mean, var = state.read(running_mean), state.read(running_var)
+    else:
+        mean, var = recompute.remember(
+            lambda: statistics.given(running_mean, running_var), moves=False
+        )
     inputs = Inputs(input, affine.weight, affine.bias, residual, mask, None, mean, var)
     return _normalize(spec, inputs)[0]
 
@@ -619,6 +620,8 @@ def _unsqueezed(tensor: Tensor | None) -> Tensor | None:
 
 
 def _autocast(name: str, x: Tensor) -> Tensor:
+    if x.is_cpu:
+        return x
     device = x.device.type
     if name in _AUTOCAST_TO_FLOAT32.get(device, ()) and torch.is_autocast_enabled(device):
         return x.to(compute_dtype(x.dtype))

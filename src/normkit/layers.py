@@ -34,9 +34,9 @@ def _given_or(own: Tensor | None, given: Tensor | None) -> Tensor | None:
     An argument of a graph that torch.fx traces may still be given or not when that graph runs, so
     only then is the choice part of the graph.
     """
-    if isinstance(given, torch.fx.Proxy):
-        return _given_if_any(own, given)
-    return own if given is None else given
+    if given is None:
+        return own
+    return _given_if_any(own, given) if isinstance(given, torch.fx.Proxy) else given
 
 
 class _Norm(nn.Module):
@@ -59,7 +59,11 @@ class _Norm(nn.Module):
         try:
             return function(*args, **kwargs)
         except (ValueError, TypeError) as error:
-            raise type(error)(f"{self}: {error}") from error
+            raise self._named(error) from error
+
+    def _named(self, error: Exception) -> Exception:
+        """The error, with the layer's name before it."""
+        return type(error)(f"{self}: {error}")
 
     def _warn_if_exported(self) -> None:
         """Said by layers that training and evaluation make differ, where they are in training."""
@@ -112,43 +116,45 @@ class _BatchLayer(_Norm, _BatchNorm):
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
         function, own = self._formula()
-        tracked = self.running_mean is not None and self.running_var is not None
+        running_mean, running_var = self.running_mean, self.running_var
+        tracked = running_mean is not None and running_var is not None
         by_running = tracked and (self.frozen or not self.training)
         moving = self.training and self.track_running_stats and not by_running
         if moving:
             self._warn_if_exported()
         if moving and self.micro_batches > 1:
             own |= {"pending": self._pending(), "micro_batches": self.micro_batches}
-        call = self._call
-        if self.merge is not None and self._merges(by_running):
-            call, own["merge"] = self._call_together, self.merge
+        merges = self.merge is not None and self._merges(by_running)
+        if merges:
+            own["merge"] = self.merge
         read = by_running or moving
-        return call(
-            function,
-            input,
-            self.running_mean if read else None,
-            self.running_var if read else None,
-            _given_or(self.weight, weight),
-            _given_or(self.bias, bias),
-            not by_running,
-            self.momentum,
-            self.eps,
-            num_batches_tracked=self.num_batches_tracked if read else None,
-            mask=mask,
-            residual=residual,
-            act=self.act,
-            ranks=self.ranks,
-            **own,
-        )
-
-    def _call_together(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """As `_call`, and an error is told to the ranks that wait for this one."""
+        weight, bias = _given_or(self.weight, weight), _given_or(self.bias, bias)
         try:
-            return self._call(function, *args, **kwargs)
+            return function(
+                input,
+                running_mean if read else None,
+                running_var if read else None,
+                weight,
+                bias,
+                not by_running,
+                self.momentum,
+                self.eps,
+                num_batches_tracked=self.num_batches_tracked if moving else None,
+                mask=mask,
+                residual=residual,
+                act=self.act,
+                ranks=self.ranks,
+                **own,
+            )
         except (ValueError, TypeError) as error:
-            own = (*self.buffers(), *self.parameters())
-            self._call(kwargs["merge"].fail, error.__cause__, *own, *args)
-            raise
+            if merges:
+                self._tell(error, input, weight, bias)
+            raise self._named(error) from error
+
+    def _tell(self, error: Exception, *given: Tensor | None) -> None:
+        """Tell the ranks that wait for this one."""
+        assert self.merge is not None
+        self._call(self.merge.fail, error, *self.buffers(), *self.parameters(), *given)
 
     def _formula(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """The functional form of this layer, and the arguments that it alone has."""
@@ -516,22 +522,24 @@ class _InstanceLayer(_Norm, _InstanceNorm):
         if self.training and self.track_running_stats:
             self._warn_if_exported()
         unbatched = self.unbatched_rank
-        return self._call(
-            functional.instance_norm,
-            input,
-            self.running_mean,
-            self.running_var,
-            _given_or(self.weight, weight),
-            _given_or(self.bias, bias),
-            self.training or not self.track_running_stats,
-            self.momentum if self.momentum is not None else 0.0,
-            self.eps,
-            mask=mask,
-            residual=residual,
-            act=self.act,
-            ranks=None if unbatched is None else (unbatched, unbatched + 1),
-            num_features=self.num_features,
-        )
+        try:
+            return functional.instance_norm(
+                input,
+                self.running_mean,
+                self.running_var,
+                _given_or(self.weight, weight),
+                _given_or(self.bias, bias),
+                self.training or not self.track_running_stats,
+                self.momentum if self.momentum is not None else 0.0,
+                self.eps,
+                mask=mask,
+                residual=residual,
+                act=self.act,
+                ranks=None if unbatched is None else (unbatched, unbatched + 1),
+                num_features=self.num_features,
+            )
+        except (ValueError, TypeError) as error:
+            raise self._named(error) from error
 
 
 class InstanceNorm1d(_InstanceLayer, nn.InstanceNorm1d):
@@ -608,17 +616,19 @@ class GroupNorm(_Norm, nn.GroupNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
-        return self._call(
-            functional.group_norm,
-            input,
-            self.num_groups,
-            _given_or(self.weight, weight),
-            _given_or(self.bias, bias),
-            self.eps,
-            mask=mask,
-            residual=residual,
-            act=self.act,
-        )
+        try:
+            return functional.group_norm(
+                input,
+                self.num_groups,
+                _given_or(self.weight, weight),
+                _given_or(self.bias, bias),
+                self.eps,
+                mask=mask,
+                residual=residual,
+                act=self.act,
+            )
+        except (ValueError, TypeError) as error:
+            raise self._named(error) from error
 
 
 class _RowLayer(_Norm):
@@ -640,28 +650,6 @@ class _RowLayer(_Norm):
         self.channels_first = channels_first
         self.act = act
         self._check()
-
-    def _rows(
-        self,
-        function: Callable[..., Any],
-        input: Tensor,
-        mask: Tensor | None,
-        add: Tensor | None,
-        weight: Tensor | None,
-        **own: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return self._call(
-            function,
-            input,
-            self.normalized_shape,
-            weight,
-            eps=self.eps,
-            **own,
-            channels_first=self.channels_first,
-            mask=mask,
-            add=add,
-            act=self.act,
-        )
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", channels_first=True" if self.channels_first else "")
@@ -695,8 +683,20 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
 
         `weight` and `bias`, per sample or broadcasting to input, take the place of the layer's own.
         """
-        weight, bias = _given_or(self.weight, weight), _given_or(self.bias, bias)
-        return self._rows(functional.layer_norm, input, mask, add, weight, bias=bias)
+        try:
+            return functional.layer_norm(
+                input,
+                self.normalized_shape,
+                _given_or(self.weight, weight),
+                _given_or(self.bias, bias),
+                self.eps,
+                channels_first=self.channels_first,
+                mask=mask,
+                add=add,
+                act=self.act,
+            )
+        except (ValueError, TypeError) as error:
+            raise self._named(error) from error
 
 
 class RMSNorm(_RowLayer, nn.RMSNorm):
@@ -746,6 +746,18 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
         `weight`, per sample or broadcasting to input, takes the place of the layer's own; `bias`
         is added.
         """
-        weight = _given_or(self.weight, weight)
-        centered = {"zero_centered_weight": self.zero_centered_weight}
-        return self._rows(functional.rms_norm, input, mask, add, weight, bias=bias, **centered)
+        try:
+            return functional.rms_norm(
+                input,
+                self.normalized_shape,
+                _given_or(self.weight, weight),
+                self.eps,
+                bias=bias,
+                zero_centered_weight=self.zero_centered_weight,
+                channels_first=self.channels_first,
+                mask=mask,
+                add=add,
+                act=self.act,
+            )
+        except (ValueError, TypeError) as error:
+            raise self._named(error) from error

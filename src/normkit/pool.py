@@ -100,6 +100,9 @@ def group(groups: int) -> Pool:
     return Pool("ks", groups=groups)
 
 
+_LAST = {axes: Pool("k", groups=1, trailing=axes) for axes in range(1, 9)}
+
+
 def last(axes: int) -> Pool:
     """The pool of layer normalization over the last `axes` axes."""
-    return Pool("k", groups=1, trailing=axes)
+    return _LAST.get(axes) or Pool("k", groups=1, trailing=axes)

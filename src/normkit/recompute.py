@@ -38,6 +38,15 @@ def recomputing() -> bool:
     )
 
 
+def idle() -> bool:
+    """Whether no backward runs here, and no checkpointed region is recorded or recomputed."""
+    return (
+        torch._C._current_graph_task_id() == -1
+        and _recomputed_region() is None
+        and not _recorded_regions()
+    )
+
+
 def remember(read: Callable[[], T], *, moves: bool) -> T:
     """What `read()` returns; in a recomputation, what it returned in the forward recomputed.
 

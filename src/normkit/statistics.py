@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import recompute, state
+from .backend import cpu
 from .pool import Pool
 
 
@@ -45,7 +46,7 @@ class Running(NamedTuple):
 
 
 def given(running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, variance) for evaluation: copies, since the buffers may move before the backward."""
+    """(mean, variance) for evaluation: copies, since the buffers may move before they are used."""
     return state.read(running_mean).clone(), state.read(running_var).clone()
 
 
@@ -54,9 +55,8 @@ def moments(pool: Pool, x: Tensor, mask: Tensor | None, mean: Tensor, var: Tenso
     view = pool.view(x if mask is None else mask.expand(x.shape))
     axes = pool.axes(view.dim())
     if mask is None:
-        return Moments(math.prod([view.shape[i] for i in axes]), mean.detach(), var.detach())
-    n = view.sum(axes).to(mean.dtype)
-    return Moments(n, mean.detach(), var.detach())
+        return Moments(math.prod([view.shape[i] for i in axes]), mean, var)
+    return Moments(view.sum(axes).to(mean.dtype), mean, var)
 
 
 def pooled(parts: Moments) -> Moments:
@@ -70,7 +70,6 @@ def pooled(parts: Moments) -> Moments:
     return Moments(n, mean, var)
 
 
-@torch.no_grad()
 def track(running: Running, batch: Moments, may_be_empty: bool) -> None:
     """Move the running averages towards this batch's, once per real forward.
 
@@ -82,9 +81,15 @@ def track(running: Running, batch: Moments, may_be_empty: bool) -> None:
     """
     if recompute.recomputing():
         return
-    if _simple(running, batch):
-        _move(running, batch)
-        return
+    with torch.no_grad():
+        if _simple(running, batch):
+            _move(running, batch)
+        else:
+            _move_by_part(running, batch, may_be_empty)
+
+
+def _move_by_part(running: Running, batch: Moments, may_be_empty: bool) -> None:
+    """As `track`, of batches that may be a part of one, empty, of several samples, or traced."""
     complete: bool | Tensor = True
     if running.pending is not None:
         batch, complete = _united(running.pending, batch, running.micro_batches)
@@ -126,13 +131,15 @@ def _simple(running: Running, batch: Moments) -> bool:
 
 
 def _move(running: Running, batch: Moments) -> None:
-    """As `track`, in place: five operators where the general case takes thirty."""
+    """As `track`, in place: one operator, or five, where the general case takes thirty."""
     assert isinstance(batch.n, int)
     assert running.momentum is not None
     keep, factor = 1 - running.momentum, running.momentum
+    unbias = 1.0 if running.biased else batch.n / (batch.n - 1)
+    if cpu.move(*running[:3], batch.mean, batch.var, factor, unbias):
+        return
     running.mean.mul_(keep).add_(batch.mean, alpha=factor)
-    unbiased = 1.0 if running.biased else batch.n / (batch.n - 1)
-    running.var.mul_(keep).add_(batch.var, alpha=factor * unbiased)
+    running.var.mul_(keep).add_(batch.var, alpha=factor * unbias)
     if running.batches is not None:
         running.batches.add_(1)
 

@@ -1,8 +1,9 @@
 """The backends and the choice among them.
 
-A backend is a module with `available()`, `why_not(spec, inputs)`, `normalize(spec, inputs)` and
-`normalize_backward(spec, inputs, dy, dtotal)`: functions that return tensors and mutate nothing.
-Autograd, running statistics and ranks live above this seam, once.
+A backend is a module with `available()`, `why_not(spec, inputs)`, `normalize(spec, inputs)`, its
+first result by itself, `output(spec, inputs)`, and `normalize_backward(spec, inputs, dy, dtotal)`:
+functions that return tensors and mutate nothing. Autograd, running statistics and ranks live above
+this seam, once.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def available() -> str | None:
 
 
 def instructions() -> str:
-    """The instruction set in use: avx512, avx2 or portable; NORMKIT_CPU forces one."""
+    """The instruction set in use: avx512_bf16, avx512, avx2 or portable; NORMKIT_CPU forces one."""
     return torch.ops.normkit.instructions()
 
 
@@ -43,7 +44,7 @@ def why_not(spec: Spec, inputs: Inputs) -> str | None:
     x, weight, bias = inputs.x, inputs.weight, inputs.bias
     if spec.conditional:
         return "weight or bias is given per sample"
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"x is on {x.device}"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}"
@@ -57,17 +58,57 @@ def why_not(spec: Spec, inputs: Inputs) -> str | None:
 
 def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
     """As `reference.normalize`; the mean is float64, so that it keeps what float32 would drop."""
+    if inputs.add is None:
+        return torch.ops.normkit.normalize.default(*_forward_arguments(spec, inputs))
     x = _dense(spec, inputs.x)
-    weight, bias = _dense_affine(inputs.weight), _dense_affine(inputs.bias)
-    mask = _dense_mask(inputs.mask, x)
-    if inputs.add is not None:
-        return torch.ops.normkit.add_normalize.default(
-            x, _like(inputs.add, x), weight, bias, mask, *_constants(spec)
-        )
-    residual = None if inputs.residual is None else _like(inputs.residual, x)
-    return torch.ops.normkit.normalize.default(
-        x, weight, bias, residual, mask, inputs.mean, inputs.var, *_constants(spec)
+    return torch.ops.normkit.add_normalize.default(
+        *(x, _like(inputs.add, x), _dense_affine(inputs.weight), _dense_affine(inputs.bias)),
+        *(_dense_mask(inputs.mask, x), *_constants(spec)),
     )
+
+
+def output(spec: Spec, inputs: Inputs) -> Tensor:
+    """As `reference.output`."""
+    return torch.ops.normkit.output.default(*_forward_arguments(spec, inputs))
+
+
+def _forward_arguments(spec: Spec, inputs: Inputs) -> tuple[Any, ...]:
+    x, weight, bias, residual, mask, _, mean, var, *_ = inputs
+    x = _dense(spec, x)
+    return (
+        x,
+        weight if weight is None else weight.contiguous(),
+        bias if bias is None else bias.contiguous(),
+        residual if residual is None else _like(residual, x),
+        mask if mask is None else _dense_mask(mask, x),
+        mean,
+        var,
+        *_constants(spec),
+    )
+
+
+def move(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    unbias: float,
+) -> bool:
+    """Move running averages towards a batch's moments in place; False where it can't."""
+    if not (
+        running_mean.is_cpu
+        and available() is None
+        and running_mean.dtype in DTYPES
+        and running_mean.is_contiguous()
+        and running_var.is_contiguous()
+    ):
+        return False
+    torch.ops.normkit.move.default(running_mean, running_var, batches, mean, var, momentum, unbias)
+    moved = [running_mean, running_var] if batches is None else [running_mean, running_var, batches]
+    torch.autograd.graph.increment_version(moved)
+    return True
 
 
 def moments(spec: Spec, inputs: Inputs) -> Tensor:
@@ -189,6 +230,14 @@ def _register_shapes() -> None:
     @torch.library.register_fake("normkit::normalize")
     def _(x, weight, bias, residual, mask, mean, var, *constants):  # type: ignore[no-untyped-def]
         return forward(x, *constants[:3])
+
+    @torch.library.register_fake("normkit::output")
+    def _(x, *others):  # type: ignore[no-untyped-def]
+        return torch.empty_like(x)
+
+    @torch.library.register_fake("normkit::move")
+    def _(*tensors_and_factors):  # type: ignore[no-untyped-def]
+        return None
 
     @torch.library.register_fake("normkit::add_normalize")
     def _(x, add, weight, bias, mask, *constants):  # type: ignore[no-untyped-def]

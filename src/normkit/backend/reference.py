@@ -52,6 +52,11 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
     return y.to(inputs.x.dtype), mean.squeeze(axes), rstd.squeeze(axes), var.squeeze(axes)
 
 
+def output(spec: Spec, inputs: Inputs) -> Tensor:
+    """y alone, where no sum with `add` and none of the statistics is wanted."""
+    return normalize(spec, inputs)[0]
+
+
 def moments(spec: Spec, inputs: Inputs) -> Tensor:
     """Count, mean and biased variance of each pool, stacked, in float64; an empty one has zeros."""
     x = _select(spec, inputs, spec.pool.view(wide(inputs.x)))
