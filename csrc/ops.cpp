@@ -116,7 +116,7 @@ Layout layout_of(const Tensor& x) {
   return strides_follow(x, order) ? Layout::channels_last : Layout::other;
 }
 
-int storage_of(const char* op, const Tensor& x) {
+int storage_of(const char* op, const char* name, const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return kFloat;
@@ -127,7 +127,7 @@ int storage_of(const char* op, const Tensor& x) {
     case ScalarType::Double:
       return kDouble;
     default:
-      STD_TORCH_CHECK(false, op, ": x must be float32, bfloat16, float16 or float64, got ",
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16, float16 or float64, got ",
                       torch::headeronly::toString(x.scalar_type()));
   }
   return 0;
@@ -149,8 +149,7 @@ void check_like(const char* op, const char* name, const Tensor& t, const Tensor&
                   torch::headeronly::toString(dtype), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
   bool dense = layout == Layout::contiguous ? t.is_contiguous()
-                                            : t.numel() == 0 || layout_of(t) == layout ||
-                                                  (t.is_contiguous() && x.is_contiguous());
+                                            : t.numel() == 0 || layout_of(t) == layout;
   STD_TORCH_CHECK(dense, op, ": ", name, " must be laid out as x, with strides ",
                   shown(x.strides()), ", got ", shown(t.strides()));
 }
@@ -183,7 +182,7 @@ std::vector<T> values(const char* op, const char* name, const Optional& t, int64
   check_values(op, name, *t, n);
   std::vector<T> out(static_cast<size_t>(n));
   auto put = [&](int64_t i, auto v) { out[static_cast<size_t>(i)] = static_cast<T>(v); };
-  switch (storage_of(op, *t)) {
+  switch (storage_of(op, name, *t)) {
     case kFloat:
       each<float>(*t, n, put);
       break;
@@ -217,6 +216,7 @@ struct Geometry {
 };
 
 enum Summed : int64_t { kNS, kS, kKS, kK };
+constexpr int64_t kMost = int64_t{1} << 40;  // pools, or channels, of which an empty x may have any
 constexpr int64_t kShortRun = 16;  // positions below which batch norm goes down columns
 
 Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed, int64_t groups,
@@ -236,8 +236,10 @@ Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed
     g.columns = {outer, rows, columns, group, repeat, per_row};
   };
   if (trailing > 0) {
-    STD_TORCH_CHECK(summed == kK && trailing <= dim, op, ": trailing must be at most x's rank ",
-                    dim, ", got ", trailing);
+    STD_TORCH_CHECK(summed == kK, op, ": only pools over axis 1 or the last axes take trailing, got ",
+                    trailing, " with pool ", summed);
+    STD_TORCH_CHECK(trailing <= dim, op, ": trailing must be at most x's rank ", dim, ", got ",
+                    trailing);
     STD_TORCH_CHECK(layout == Layout::contiguous, op,
                     ": x must be contiguous when its last axes are normalized, got strides ",
                     shown(x.strides()));
@@ -382,18 +384,21 @@ struct Prepared {
            const Optional& residual, const Optional& mask, int64_t summed, int64_t groups,
            int64_t trailing, double eps, bool center, int64_t act, bool given) {
     check_cpu(op, "x", x);
-    storage = storage_of(op, x);
+    storage = storage_of(op, "x", x);
     compute = storage == kDouble ? ScalarType::Double : ScalarType::Float;
     layout = layout_of(x);
     STD_TORCH_CHECK(layout != Layout::other, op,
                     ": x must be contiguous or channels_last, got strides ", shown(x.strides()));
     STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps must be finite and >= 0, got ", eps);
     geometry = normkit::geometry(op, x, layout, summed, groups, trailing);
+    STD_TORCH_CHECK(geometry.pools() <= kMost && geometry.entries <= kMost, op,
+                    ": x must have at most ", kMost, " pools and channels, got shape ",
+                    shown(x.sizes()));
     call.given = given;
     if (residual) check_like(op, "residual", *residual, x, layout, x.scalar_type());
     if (mask) check_like(op, "mask", *mask, x, layout, ScalarType::Bool);
-    call.weight = affine(op, "weight", weight_, 1, weight);
-    call.bias = affine(op, "bias", bias_, 0, bias);
+    if (x.numel() > 0 || weight_) call.weight = affine(op, "weight", weight_, 1, weight);
+    if (x.numel() > 0 || bias_) call.bias = affine(op, "bias", bias_, 0, bias);
     call.x = x.const_data_ptr();
     call.residual = data(residual);
     call.mask = static_cast<const uint8_t*>(data(mask));
@@ -461,7 +466,13 @@ Tensor forward(const char* op, const Tensor& x, const Optional& weight, const Op
                   ": mean and var go together");
   Call& c = p.call;
   int64_t pools = p.geometry.pools();
+  std::vector<double> mean, var;
+  if (c.given) {
+    mean = values<double>(op, "mean", given_mean, pools, 0);
+    var = values<double>(op, "var", given_var, pools, 0);
+  }
   Tensor y = new_like(x);
+  if (x.numel() == 0 && !statistics) return y;
   c.y = y.mutable_data_ptr();
   std::unique_ptr<double[]> room;
   if (statistics) {
@@ -484,15 +495,11 @@ Tensor forward(const char* op, const Tensor& x, const Optional& weight, const Op
     c.add = add->const_data_ptr();
     c.x = total->mutable_data_ptr();
   }
-  if (c.given) {
-    auto mean = values<double>(op, "mean", given_mean, pools, 0);
-    auto var = values<double>(op, "var", given_var, pools, 0);
-    for (int64_t i = 0; i < pools; ++i) {
-      double v = var[static_cast<size_t>(i)];
-      c.mean[i] = center ? mean[static_cast<size_t>(i)] : 0;
-      p.put(c.var, i, v);
-      p.put(c.rstd, i, 1 / std::sqrt(v + eps));
-    }
+  for (int64_t i = 0; i < pools && c.given; ++i) {
+    double v = var[static_cast<size_t>(i)];
+    c.mean[i] = center ? mean[static_cast<size_t>(i)] : 0;
+    p.put(c.var, i, v);
+    p.put(c.rstd, i, 1 / std::sqrt(v + eps));
   }
   if (x.numel() == 0) {
     for (int64_t i = 0; i < pools && !c.given; ++i) {

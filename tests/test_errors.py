@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import normkit
 from normkit import functional as F
@@ -42,6 +43,8 @@ X = torch.randn(4, 6, 5)
             r"the one axis C, got \(6, 5\)",
         ),
         (lambda: normkit.BatchNorm(6, act="rleu"), ValueError, "'rleu'; did you mean 'relu'"),
+        (lambda: normkit.BatchNorm(3, act=nn.ReLU()), ValueError, "unknown act ReLU.*'relu'"),
+        (lambda: setattr(normkit.LayerNorm(5), "act", nn.Tanh()), ValueError, "unknown act Tanh"),
         (lambda: F.layer_norm(X, (5,), act="tanh"), ValueError, "unknown act 'tanh'.*'gelu'"),
         (lambda: normkit.BatchNorm1d(6, eps=-1.0), ValueError, "eps.*-1.0"),
         (lambda: normkit.LayerNorm(6, eps=float("nan")), ValueError, "eps.*nan"),

@@ -40,6 +40,8 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor
         differentiable = (inputs.x, inputs.weight, inputs.bias, inputs.residual, inputs.add)
         if any(t is not None and t.requires_grad for t in differentiable):
             found: list[Tensor] = []
+            inputs = verbs.dense(spec, inputs)
+            differentiable = (inputs.x, inputs.weight, inputs.bias, inputs.residual, inputs.add)
             y, *total = _Normalize.apply(spec, inputs, verbs, found, *differentiable)
             return y, *found, *total
     if tracked or inputs.add is not None:
@@ -92,8 +94,9 @@ def _backward(
     if dy is None:
         return dtotal, None, None, None, dtotal
     spec, inputs = ctx.spec, _saved(ctx)
-    if torch.is_grad_enabled():
-        # Someone differentiates this backward: the statistics must be functions of x again.
+    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
+        # Someone differentiates this backward, so the statistics must be functions of x again; or
+        # there are many gradients at once (`is_grads_batched`), which only torch's operators take.
         again = inputs if spec.given else inputs._replace(mean=None, rstd=None)
         gradients = reference.normalize_backward(spec, again, dy, dtotal)
     else:

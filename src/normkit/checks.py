@@ -151,6 +151,7 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
     if not shapes_fit:
         raise ValueError(
             f"mask must have the input's rank and broadcast to its shape {tuple(x.shape)}, got "
-            f"{tuple(mask.shape)}; a mask of (N, L) for input (N, C, L) is mask[:, None, :]"
+            f"{tuple(mask.shape)}; a mask of (N, L) is mask[:, None, :] for input (N, C, L), "
+            "mask[:, :, None] for (N, L, C)"
         )
     check_device("mask", mask, x)

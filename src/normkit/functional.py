@@ -595,7 +595,7 @@ def _by_running(
         inputs = Inputs(input, affine.weight, affine.bias, residual)
         return aten.by_running(spec, inputs, running_mean, running_var)
     if autograd.plain() and recompute.idle():
-        mean, var = state.read(running_mean), state.read(running_var)
+        mean, var = state.read(running_mean).detach(), state.read(running_var).detach()
     else:
         mean, var = recompute.remember(
             lambda: statistics.given(running_mean, running_var), moves=False

@@ -55,6 +55,11 @@ class _Norm(nn.Module):
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from error
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "act":
+            check_act(value)  # a module would be registered, and never called
+        super().__setattr__(name, value)
+
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)

@@ -56,14 +56,21 @@ def why_not(spec: Spec, inputs: Inputs) -> str | None:
     return None
 
 
+def dense(spec: Spec, inputs: Inputs) -> Inputs:
+    """As `reference.dense`."""
+    x = _dense(spec, inputs.x)
+    if x is inputs.x and inputs.residual is None and inputs.add is None:
+        return inputs
+    return inputs._replace(x=x, residual=_like(inputs.residual, x), add=_like(inputs.add, x))
+
+
 def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
     """As `reference.normalize`; the mean is float64, so that it keeps what float32 would drop."""
     if inputs.add is None:
         return torch.ops.normkit.normalize.default(*_forward_arguments(spec, inputs))
-    x = _dense(spec, inputs.x)
+    x, weight, bias, _, mask, *_ = _forward_arguments(spec, inputs)
     return torch.ops.normkit.add_normalize.default(
-        *(x, _like(inputs.add, x), _dense_affine(inputs.weight), _dense_affine(inputs.bias)),
-        *(_dense_mask(inputs.mask, x), *_constants(spec)),
+        x, _like(inputs.add, x), weight, bias, mask, *_constants(spec)
     )
 
 
@@ -76,14 +83,8 @@ def _forward_arguments(spec: Spec, inputs: Inputs) -> tuple[Any, ...]:
     x, weight, bias, residual, mask, _, mean, var, *_ = inputs
     x = _dense(spec, x)
     return (
-        x,
-        weight if weight is None else weight.contiguous(),
-        bias if bias is None else bias.contiguous(),
-        residual if residual is None else _like(residual, x),
-        mask if mask is None else _dense_mask(mask, x),
-        mean,
-        var,
-        *_constants(spec),
+        *(x, _contiguous(weight), _contiguous(bias), _like(residual, x), _dense_mask(mask, x)),
+        *(_contiguous(mean), _contiguous(var), *_constants(spec)),
     )
 
 
@@ -97,13 +98,12 @@ def move(
     unbias: float,
 ) -> bool:
     """Move running averages towards a batch's moments in place; False where it can't."""
-    if not (
-        running_mean.is_cpu
-        and available() is None
-        and running_mean.dtype in DTYPES
-        and running_mean.is_contiguous()
-        and running_var.is_contiguous()
-    ):
+    averages = running_mean, running_var
+    if not (running_mean.is_cpu and available() is None):
+        return False
+    if not all(t.dtype in DTYPES and t.is_contiguous() for t in averages):
+        return False
+    if batches is not None and (batches.dtype != torch.int64 or batches.dim() > 0):
         return False
     torch.ops.normkit.move.default(running_mean, running_var, batches, mean, var, momentum, unbias)
     moved = [running_mean, running_var] if batches is None else [running_mean, running_var, batches]
@@ -150,7 +150,7 @@ def _backward(
     dx, dweight, dbias, dz = torch.ops.normkit.normalize_backward.default(
         *_backward_tensors(x, inputs, dy),
         *((None, None) if means is None else means.unbind()),
-        None if dtotal is None else _like(dtotal, x),
+        _like(dtotal, x),
         *_constants(spec),
         spec.given,
         inputs.residual is not None or inputs.output is not None,
@@ -161,14 +161,13 @@ def _backward(
 
 
 def _backward_tensors(x: Tensor, inputs: Inputs, dy: Tensor) -> tuple[Tensor | None, ...]:
-    residual, output = inputs.residual, inputs.output
     return (
         _like(dy, x),
         x,
-        _dense_affine(inputs.weight),
-        _dense_affine(inputs.bias),
-        None if residual is None else _like(residual, x),
-        None if output is None else _like(output, x),
+        _contiguous(inputs.weight),
+        _contiguous(inputs.bias),
+        _like(inputs.residual, x),
+        _like(inputs.output, x),
         _dense_mask(inputs.mask, x),
         inputs.mean,
         inputs.rstd,
@@ -190,9 +189,9 @@ def _dense(spec: Spec, x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _like(t: Tensor, x: Tensor) -> Tensor:
+def _like(t: Tensor | None, x: Tensor) -> Tensor | None:
     """t in x's layout, which is contiguous or has its channels last."""
-    if t.stride() == x.stride():
+    if t is None or t.stride() == x.stride():
         return t
     if x.is_contiguous():
         return t.contiguous()
@@ -204,8 +203,8 @@ def _dense_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     return None if mask is None else torch.empty_like(x, dtype=torch.bool).copy_(mask)
 
 
-def _dense_affine(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def _register_shapes() -> None:

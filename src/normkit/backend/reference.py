@@ -34,6 +34,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype))
 
 
+def dense(spec: Spec, inputs: Inputs) -> Inputs:
+    """What the backend copies of x, residual and add, copied, so that no verb does it again."""
+    return inputs
+
+
 def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
     """y = act((x - mean) * rstd * weight + bias + residual), and (mean, rstd, variance) per pool.
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..spec import Inputs, Spec, compute_dtype
-from .cpu import DTYPES, _dense, _dense_affine, _dense_mask, _like
+from .cpu import DTYPES, _contiguous, _dense, _dense_mask, _like
+from .cpu import dense as dense
 from .triton_plan import WARPS_PER_SM, _power, covers, geometry, launch, shared
 
 DEVICE = "cuda"
@@ -159,7 +160,7 @@ class _Call:
         self.launch = launch(g, way, spec.given)
         of_columns = g.outer * g.cols
         self.indices = {"rows": g.rows, "columns": of_columns, "none": self.launch.units}[g.kept]
-        self.weight, self.bias = _dense_affine(inputs.weight), _dense_affine(inputs.bias)
+        self.weight, self.bias = _contiguous(inputs.weight), _contiguous(inputs.bias)
         mask = _dense_mask(inputs.mask, x)
         self.mask = None if mask is None else mask.view(torch.uint8)
 
@@ -213,7 +214,7 @@ class _Forward(_Call):
         self.tensors = (
             *(x, self.like(inputs.add), self.like(inputs.residual)),
             *(self.mask, self.weight, self.bias),
-            *(_dense_affine(inputs.mean), _dense_affine(inputs.var)),
+            *(_contiguous(inputs.mean), _contiguous(inputs.var)),
             *(self.y, self.total, self.mean, self.rstd, self.var),
         )
 
