@@ -11,18 +11,10 @@
 #include <new>
 #include <type_traits>
 
+#include "cuts.h"
 #include "vec.h"
 
 namespace normkit::NORMKIT_ISA {
-
-constexpr int64_t kBlock = 2048;          // elements whose sums are kept in T
-constexpr int64_t kSome = 256;            // elements whose mean stands for a block's at first
-constexpr int64_t kSomeRows = 8;          // rows that do so down columns
-constexpr int64_t kSeveral = 16;          // short pools whose statistics are finished together
-constexpr int64_t kShort = 256;           // bytes of T that are summed in one slot
-constexpr int64_t kGrain = 16384;         // elements below which a thread isn't worth starting
-constexpr int64_t kTile = 512;            // columns of a tile
-constexpr int64_t kTileElements = 65536;  // elements of a block of a tile
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -317,23 +309,6 @@ struct Core {
   static void finish_moments(const Call& c, int64_t pool, const Moments& m) {
     finish_moments(c, pool, 1, &m.n, &m.mean, &m.m2);
   }
-
-  // x̂ = (x - mean) * rstd - lag of some pools; the lag is what rounding the mean to T left of it.
-  struct Standards {
-    T mean[kSeveral], rstd[kSeveral], lag[kSeveral];
-    Standards(const Call& c, int64_t first, int64_t pools) {
-      const double* means = c.mean + first;
-      const T* rstds = static_cast<const T*>(c.rstd) + first;
-      for (int64_t i = 0; i < pools; ++i) {
-        mean[i] = static_cast<T>(means[i]);
-        rstd[i] = rstds[i];
-        lag[i] = static_cast<T>((means[i] - mean[i]) * rstds[i]);
-      }
-    }
-    NORMKIT_INLINE V standard(int64_t i, V x) const {
-      return fma(x - V(mean[i]), V(rstd[i]), -V(lag[i]));
-    }
-  };
 };
 
 // ---- Rows ---------------------------------------------------------------------------------------
@@ -397,7 +372,22 @@ struct RowKernel : Core<S, K> {
     return (pool < g.period ? pool : pool % g.period) * g.pool_step + segment * g.segment_step;
   }
 
-  using typename Base::Standards;
+  // x̂ = (x - mean) * rstd - lag of some pools; the lag is what rounding the mean to T left of it.
+  struct Standard {
+    T mean[kSeveral], rstd[kSeveral], lag[kSeveral];
+    Standard(const Call& c, int64_t first, int64_t pools) {
+      const double* means = c.mean + first;
+      const T* rstds = static_cast<const T*>(c.rstd) + first;
+      for (int64_t i = 0; i < pools; ++i) {
+        mean[i] = static_cast<T>(means[i]);
+        rstd[i] = rstds[i];
+        lag[i] = static_cast<T>((means[i] - mean[i]) * rstds[i]);
+      }
+    }
+    NORMKIT_INLINE V standard(int64_t i, V x) const {
+      return fma(x - V(mean[i]), V(rstd[i]), -V(lag[i]));
+    }
+  };
 
   double count(int64_t at, int64_t n) const {
     if (K != kMasked) return static_cast<double>(n);
@@ -571,7 +561,7 @@ struct RowKernel : Core<S, K> {
 
   // y over [begin, begin + size) of some segments; its affine is a scalar of each.
   void apply(int64_t pool, int64_t segment, int64_t segments, int64_t begin, int64_t size) const {
-    const Standards st(c, pool, 1);
+    const Standard st(c, pool, 1);
     int64_t at = offset(pool, segment) + begin, e = entry(pool, segment);
     for (int64_t s = 0; s < segments; ++s, at += g.segment_stride, e += g.segment_step)
       line(at, size, st.mean[0], st.rstd[0] * weights[e], biases[e] - st.lag[0] * weights[e]);
@@ -581,7 +571,7 @@ struct RowKernel : Core<S, K> {
   void apply_given() const {
     Array<T> mean(g.pools), scale(g.pools), shift(g.pools);
     for (int64_t p = 0; p < g.pools; ++p) {
-      const Standards st(c, p, 1);
+      const Standard st(c, p, 1);
       const T w = weights[entry(p, 0)];
       mean[p] = st.mean[0], scale[p] = st.rstd[0] * w;
       shift[p] = biases[entry(p, 0)] - st.lag[0] * w;
@@ -602,7 +592,7 @@ struct RowKernel : Core<S, K> {
 
   // y of some pools that share a vector affine.
   template <class N>
-  void apply_rows(N, int64_t pool, const Standards& st, int64_t of, int64_t begin,
+  void apply_rows(N, int64_t pool, const Standard& st, int64_t of, int64_t begin,
                   int64_t size) const {
     const Pointers<S> p = pointers;
     const Act act = c.act;
@@ -629,7 +619,7 @@ struct RowKernel : Core<S, K> {
       for (int64_t p = first; p < first + pools; ++p) apply(p, 0, g.segments, 0, g.length);
       return;
     }
-    const Standards st(c, first, pools);
+    const Standard st(c, first, pools);
     int64_t i = 0;
     // Of two rows with the same entries, these are read once.
     for (; g.period == 1 && i + 2 <= pools; i += 2)
@@ -689,7 +679,7 @@ struct RowKernel : Core<S, K> {
     if (!c.y) return;
     pieces([&](int64_t p, int64_t s, int64_t begin, int64_t size) {
       if (g.vector_affine)
-        apply_rows(Several<1>(), p, Standards(c, p, 1), 0, begin, size);
+        apply_rows(Several<1>(), p, Standard(c, p, 1), 0, begin, size);
       else
         apply(p, s, 1, begin, size);
     });
@@ -722,7 +712,7 @@ struct RowKernel : Core<S, K> {
   // Over a block: the sums of dz and dz * x̂, of a scalar affine.
   Sums sums(int64_t pool, const Block& block) const {
     const Pointers<S> p = pointers;
-    const Standards st(c, pool, 1);
+    const Standard st(c, pool, 1);
     const Act act = c.act;
     int64_t at = offset(pool, block.segment) + block.begin, e = entry(pool, block.segment);
     Sum<T> s, q;
@@ -740,7 +730,7 @@ struct RowKernel : Core<S, K> {
   }
 
   // Over a block: the sums of g and g * x̂, g = dz * weight, of a vector affine.
-  NORMKIT_INLINE Sums sums_of_row(int64_t pool, const Standards& st, int64_t of,
+  NORMKIT_INLINE Sums sums_of_row(int64_t pool, const Standard& st, int64_t of,
                                   const Block& block) const {
     const Pointers<S> p = pointers;
     const Act act = c.act;
@@ -762,7 +752,7 @@ struct RowKernel : Core<S, K> {
   void gradient(int64_t pool, int64_t segment, int64_t segments, int64_t begin, int64_t size,
                 Sums mean) const {
     const Pointers<S> p = pointers;
-    const Standards st(c, pool, 1);
+    const Standard st(c, pool, 1);
     const Act act = c.act;
     const double steeply = mean.dzx * st.rstd[0];
     int64_t at = offset(pool, segment) + begin, e = entry(pool, segment);
@@ -852,7 +842,7 @@ struct RowKernel : Core<S, K> {
 
   // dx of some pools that share a vector affine; dw and db, where given, are added to.
   template <class N>
-  void gradient_of_rows(N, int64_t pool, const Standards& st, int64_t of, const T* flats,
+  void gradient_of_rows(N, int64_t pool, const Standard& st, int64_t of, const T* flats,
                         const T* steeps, T* dw, T* db) const {
     constexpr int many = N::count;
     const Pointers<S> p = pointers;
@@ -886,7 +876,7 @@ struct RowKernel : Core<S, K> {
   // Chunks of rows, each with its own sums for weight and bias, whatever the number of threads.
   void backward_vector() const {
     const int64_t entries = g.period * g.length;
-    const int64_t least = max(32, ceil_div(g.pools, 256));
+    const int64_t least = max(kChunkRows, ceil_div(g.pools, kChunks));
     const int64_t rows = ceil_div(least, g.period) * g.period, chunks = ceil_div(g.pools, rows);
     const int64_t several = max(2, min(kSeveral, kBlock / max(1, g.length)));
     const bool wants = c.dweight != nullptr;
@@ -900,7 +890,7 @@ struct RowKernel : Core<S, K> {
         const int64_t last = min(g.pools, (chunk + 1) * rows);
         for (int64_t first = chunk * rows; first < last; first += several) {
           const int64_t pools = min(several, last - first);
-          const Standards st(c, first, pools);
+          const Standard st(c, first, pools);
           // <g> and <g x̂>, times rstd.
           T flat[kSeveral], steep[kSeveral];
           Sums totals[kSeveral];
@@ -963,10 +953,10 @@ struct ColumnKernel : Core<S, K> {
   ColumnKernel(const Columns& g, const Call& c) : g(g), c(c), pointers(c) {
     tile = g.group;
     while (tile < kTile) tile *= 2;
-    if (ByRow) tile = max(64, min(1024, 65536 / max(1, g.rows) / 64 * 64));
+    if (ByRow) tile = max(64, min(2 * kTile, kTileElements / max(1, g.rows) / 64 * 64));
     tile = max(1, min(tile, g.columns));
     tiles = ceil_div(g.columns, tile);
-    block_rows = max(8, min(256, kTileElements / tile / 4 * 4));
+    block_rows = max(8, min(kTileRows, kTileElements / tile / 4 * 4));
     blocks = max(1, ceil_div(g.rows, block_rows));
   }
 
@@ -996,7 +986,7 @@ struct ColumnKernel : Core<S, K> {
     const int64_t step;
 
     Fetch(const ColumnKernel& k, const Unit& u, const S* from, int64_t row)
-        : at(from + k.offset(u, row + 8)), step(u.width == k.g.columns ? 1 : 0) {}
+        : at(from + k.offset(u, row + kAhead)), step(u.width == k.g.columns ? 1 : 0) {}
     template <class N>
     NORMKIT_INLINE void advance(N) {
       constexpr int line = 64 / sizeof(S), lines = N::count * V::kLanes / line;
@@ -1007,9 +997,9 @@ struct ColumnKernel : Core<S, K> {
   };
 
   // What a unit's columns need, expanded from pools and affine entries: a value a column.
-  struct Standard {
+  struct Expanded {
     Array<T> mean, lag, rstd, scale, shift;
-    Standard(const ColumnKernel& k, const Unit& u)
+    Expanded(const ColumnKernel& k, const Unit& u)
         : mean(u.width), lag(u.width), rstd(u.width), scale(u.width), shift(u.width) {
       const Columns& g = k.g;
       const Call& c = k.c;
@@ -1174,7 +1164,7 @@ struct ColumnKernel : Core<S, K> {
     Base::finish_moments(c, first, u.width, all.n.get(), all.mean.get(), all.m2.get());
   }
 
-  void apply(const Unit& u, Standard& st, int64_t block) const {
+  void apply(const Unit& u, Expanded& st, int64_t block) const {
     const Pointers<S> p = pointers;
     const Act act = c.act;
     rows_of(block, [&](auto many, int64_t r) {
@@ -1231,7 +1221,7 @@ struct ColumnKernel : Core<S, K> {
             finish(u, all);
           }
           if (!c.y) continue;
-          Standard st(*this, u);
+          Expanded st(*this, u);
           for (int64_t b = 0; b < blocks; ++b) apply(u, st, b);
         }
       });
@@ -1261,7 +1251,7 @@ struct ColumnKernel : Core<S, K> {
         finish(u, all);
       }
       if (!c.y) continue;
-      Standard st(*this, u);
+      Expanded st(*this, u);
       // Last blocks first: they are the likeliest to be still in cache.
       parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
         for (int64_t b = end - 1; b >= begin; --b) apply(u, st, b);
@@ -1272,7 +1262,7 @@ struct ColumnKernel : Core<S, K> {
   // ---- backward
 
   // A column's sums of g and g * x̂ over a block; g = dz, weighted where the affine is a row's.
-  void sums(const Unit& u, Standard& st, int64_t block, double* dz, double* dzx) const {
+  void sums(const Unit& u, Expanded& st, int64_t block, double* dz, double* dzx) const {
     const Pointers<S> p = pointers;
     const Act act = c.act;
     const int64_t columns = g.columns;
@@ -1307,7 +1297,7 @@ struct ColumnKernel : Core<S, K> {
   struct Operands {
     V mean, rstd, lag, scale, shift;
     template <class P>
-    NORMKIT_INLINE Operands(Standard& st, int64_t j, P part)
+    NORMKIT_INLINE Operands(Expanded& st, int64_t j, P part)
         : mean(Affine::load(&st.mean[j], part)), rstd(Affine::load(&st.rstd[j], part)) {
       if constexpr (ByRow) {
         lag = Affine::load(&st.lag[j], part);
@@ -1333,7 +1323,7 @@ struct ColumnKernel : Core<S, K> {
   // The means of g and g * x̂ over each pool, times rstd, a value a column.
   struct Means {
     Array<T> flat, steep;
-    Means(const ColumnKernel& k, const Unit& u, Standard& st, const double* dz, const double* dzx,
+    Means(const ColumnKernel& k, const Unit& u, Expanded& st, const double* dz, const double* dzx,
           const double* n)
         : flat(u.width), steep(u.width) {
       const Columns& g = k.g;
@@ -1370,7 +1360,7 @@ struct ColumnKernel : Core<S, K> {
   }
 
   // dx of a block; row_sums gets each row's sums of dz and dz * x̂ where the affine is a row's.
-  void gradient(const Unit& u, Standard& st, Means& means, int64_t block, double* row_sums) const {
+  void gradient(const Unit& u, Expanded& st, Means& means, int64_t block, double* row_sums) const {
     const Pointers<S> p = pointers;
     const Act act = c.act;
     const int64_t columns = g.columns;
@@ -1418,7 +1408,7 @@ struct ColumnKernel : Core<S, K> {
         Array<double> s(tile), q(tile), n(tile);
         for (int64_t i = begin; i < end; ++i) {
           Unit u = unit(i);
-          Standard st(*this, u);
+          Expanded st(*this, u);
           double* mine = &dz[u.outer * g.columns + u.begin];
           double* minex = &dzx[u.outer * g.columns + u.begin];
           if (summing)
@@ -1441,7 +1431,7 @@ struct ColumnKernel : Core<S, K> {
       for (int64_t i = 0; i < units; ++i) {
         Unit u = unit(i);
         int64_t w = u.width;
-        Standard st(*this, u);
+        Expanded st(*this, u);
         double* mine = &dz[u.outer * g.columns + u.begin];
         double* minex = &dzx[u.outer * g.columns + u.begin];
         if (summing) {

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "call.h"
+#include "cuts.h"
 
 namespace normkit {
 
@@ -217,7 +218,6 @@ struct Geometry {
 
 enum Summed : int64_t { kNS, kS, kKS, kK };
 constexpr int64_t kMost = int64_t{1} << 40;  // pools, or channels, of which an empty x may have any
-constexpr int64_t kShortRun = 16;  // positions below which batch norm goes down columns
 
 Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed, int64_t groups,
                   int64_t trailing) {
@@ -307,9 +307,7 @@ Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed
 
 // ---- memory
 
-constexpr size_t kHuge = size_t{1} << 21;
-constexpr size_t kHugeFrom = size_t{1} << 25;
-constexpr size_t kStreamFrom = size_t{1} << 23;
+constexpr size_t kHuge = size_t{1} << 21;  // bytes of a huge page
 
 // Straight to the allocator: an operator of torch would cost a microsecond more through the stack.
 Tensor new_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {

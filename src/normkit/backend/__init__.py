@@ -2,8 +2,9 @@
 
 A backend is a module with `available()`, `why_not(spec, inputs)`, `normalize(spec, inputs)`, its
 first result by itself, `output(spec, inputs)`, and `normalize_backward(spec, inputs, dy, dtotal)`:
-functions that return tensors and mutate nothing. Autograd, running statistics and ranks live above
-this seam, once.
+functions that return tensors and mutate nothing. `dense(spec, inputs)` makes the copies that these
+need, once for both. Autograd, running statistics and ranks live above this seam, once; `cpu.move`
+alone writes, since running averages moved by torch's operators cost more than a small norm.
 """
 
 from __future__ import annotations
