@@ -1,5 +1,6 @@
 """The C++ core: the same bits however it runs, right on every instruction set; safe on any call."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import normkit
 from normkit import backend
@@ -550,3 +553,48 @@ def test_nan_and_inf_stay_where_they_are(pool):
 def test_the_choice_is_visible():
     assert list(backend.BACKENDS) == ["cpu", "triton", "reference"]
     assert cpu.instructions() in normkit.info()
+
+
+COMPILED = {
+    "batch, residual, relu": (lambda: normkit.BatchNorm(6, act="relu"), "residual"),
+    "batch, silu, masked": (lambda: normkit.BatchNorm(6, act="silu"), "mask"),
+    "group": (lambda: normkit.GroupNorm(2, 6), None),
+    "instance": (lambda: normkit.InstanceNorm2d(6, affine=True), None),
+    "layer over channels": (lambda: normkit.LayerNorm(6, channels_first=True), None),
+    "rms, add": (lambda: normkit.RMSNorm(5), "add"),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_graph_keeps_the_operators(name):
+    """In the forward and in the backward; so the bits are those of the layer itself."""
+    make, more = COMPILED[name]
+    layer, held = make(), []
+
+    def collect(graph, _):
+        held.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    call = torch.compile(
+        layer, fullgraph=True, backend=aot_autograd(fw_compiler=collect, bw_compiler=collect)
+    )
+    x = torch.randn(4, 6, 7, 5, requires_grad=True)
+    given = torch.rand_like(x) < 0.7 if more == "mask" else torch.randn_like(x)
+    arguments = {} if more is None else {more: given}
+    results = []
+    for function in (call, copy.deepcopy(layer)):
+        ys = function(x, **arguments)
+        y = ys[0] + ys[1] if isinstance(ys, tuple) else ys
+        wanted = [x, *function.parameters()]
+        results.append([y, *torch.autograd.grad(y, wanted, torch.ones_like(y))])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    assert "normkit.normalize.default" in held
+    assert "normkit.normalize_backward.default" in held
+    held.clear()
+    if isinstance(layer, normkit.BatchNorm):
+        torch.compile(layer.eval(), fullgraph=True, backend=aot_autograd(fw_compiler=collect))(
+            x.detach()
+        )
+        assert held
+        assert not any("normkit" in target for target in held)

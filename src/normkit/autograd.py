@@ -21,9 +21,10 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor
     """(y, mean, rstd, variance), and x + add if there is one, by the backend that takes the call.
 
     Where the statistics aren't `tracked`, y alone may come. Only y and x + add are differentiable.
-    Under torch.compile the reference formula itself is traced; under export, torch's own operators
-    are, unless the statistics are tracked. A Function inside two forward-mode transforms loses the
-    outer tangent without a word, so there too the formula itself runs.
+    Under torch.compile a graph holds the C++ core's operator where that is kept, else the reference
+    formula; under export, torch's own operators, unless the statistics are tracked. A Function
+    inside two forward-mode transforms loses the outer tangent without a word, so there too the
+    formula itself runs.
     """
     if not plain():
         if inputs.add is not None:
@@ -31,6 +32,8 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor
             return *normalize(spec, inputs._replace(x=total, add=None), tracked), total
         if aten.exporting() and not tracked:
             return aten.normalize(spec, inputs)
+        if _compiled() and backend.kept_by_compilers(spec, inputs):
+            return _CompiledNormalize.apply(spec, *inputs)
         if torch.compiler.is_compiling() or _forward_over_forward():
             y, *statistics = reference.normalize(spec, inputs)
             return y, *(s.detach() for s in statistics)
@@ -51,12 +54,17 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor
 
 def plain() -> bool:
     """No compiler, export, transform or forward mode is at work."""
-    return not (
-        torch.compiler.is_compiling()
-        or aten.exporting()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return not (torch.compiler.is_compiling() or aten.exporting() or _transformed())
+
+
+def _compiled() -> bool:
+    """torch.compile is at work, and nothing else."""
+    return torch.compiler.is_compiling() and not (aten.exporting() or _transformed())
+
+
+def _transformed() -> bool:
+    """Forward mode or a transform of torch.func is at work."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _forward_over_forward() -> bool:
@@ -247,6 +255,25 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
         of_total = dtotal[0] if dtotal else None
         return (None, None, None, None, *_backward(ctx, ctx.verbs, dy, of_total, bool(dtotal)))
+
+
+class _CompiledNormalize(torch.autograd.Function):
+    """What runs in a compiled graph that keeps the core's operators."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        inputs = Inputs(*tensors)  # type: ignore[arg-type]
+        outputs = backend.cpu.normalize(spec, inputs)
+        ctx.mark_non_differentiable(*outputs[1:])
+        _save(ctx, spec, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *of_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = _saved(ctx)
+        dy = _laid_out_like(dy, inputs.x)
+        dx, dweight, dbias, dz = backend.cpu.normalize_backward(ctx.spec, inputs, dy)
+        return None, dx, dweight, dbias, dz if ctx.has_residual else None, *(None,) * 6
 
 
 class _TransformedNormalize(torch.autograd.Function):

@@ -57,6 +57,18 @@ def name_of(module: ModuleType) -> str:
     return next(name for name, known in BACKENDS.items() if known is module)
 
 
+_CORE = cpu.available() is None
+
+
+def kept_by_compilers(spec: Spec, inputs: Inputs) -> bool:
+    """Whether a compiled graph holds the C++ core's operator, and not the formula.
+
+    It does where statistics are taken from x, since what inductor makes of these on a CPU is
+    several times slower; with given ones the formula is fused with what surrounds it.
+    """
+    return not spec.given and _CORE and "cpu" in BACKENDS and cpu.why_not(spec, inputs) is None
+
+
 _watching: list[list[tuple[Spec, Inputs]]] = []
 
 

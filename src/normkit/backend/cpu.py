@@ -174,7 +174,6 @@ def _backward_tensors(x: Tensor, inputs: Inputs, dy: Tensor) -> tuple[Tensor | N
     )
 
 
-@functools.cache
 def _constants(spec: Spec) -> tuple[int, int, int, float, bool, int]:
     pool = spec.pool
     act = _ACTS[spec.act]

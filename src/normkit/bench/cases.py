@@ -47,6 +47,8 @@ class Norm:
     torch_layer: Callable[[tuple[int, ...]], nn.Module]
     normkit_layer: Callable[[tuple[int, ...]], nn.Module]
     second: bool = False
+    multiple: int = 1
+    """What the number of channels must be a multiple of."""
     torch_call: Callable[..., Tensor] = lambda layer, x: layer(x)
     normkit_call: Callable[..., Tensor] = lambda layer, x: layer(x)
 
@@ -75,6 +77,7 @@ def _group(groups: int) -> Norm:
         f"GN({groups})",
         lambda s: nn.GroupNorm(groups, s[1]),
         lambda s: normkit.GroupNorm(groups, s[1]),
+        multiple=groups,
     )
 
 
@@ -96,11 +99,7 @@ IMAGE_NORMS = (
     ),
     Norm("IN", _instance, lambda s: _instance(s, normkit)),
     _group(8),
-    Norm(
-        "GN(32)",
-        lambda s: nn.GroupNorm(math.gcd(32, s[1]), s[1]),
-        lambda s: normkit.GroupNorm(math.gcd(32, s[1]), s[1]),
-    ),
+    _group(32),
     Norm(
         "LN over channels",
         lambda s: ChannelsFirstLayerNorm(s[1]),
@@ -157,7 +156,8 @@ def cases() -> Iterator[Case]:
             for shape in IMAGES:
                 for layout in ("contiguous", "channels_last"):
                     for norm in IMAGE_NORMS:
-                        yield Case(norm, shape, layout, dtype, mode)
+                        if shape[1] % norm.multiple == 0:
+                            yield Case(norm, shape, layout, dtype, mode)
             for shape in ROWS:
                 for norm in ROW_NORMS:
                     yield Case(norm, shape, "contiguous", dtype, mode)

@@ -35,6 +35,9 @@ def steps(case: Case, compiled: bool) -> dict[str, Step]:
         torch._dynamo.reset()
         call = torch.compile(norm.torch_call, fullgraph=True, dynamic=False)
         found["compile"] = step(case, theirs, call, x, second, dy)
+        ours = torch.compile(norm.normkit_call, fullgraph=True, dynamic=False)
+        layer = norm.normkit_layer(case.shape)
+        found["normkit compiled"] = step(case, layer, ours, x, second, dy)
     return found
 
 
@@ -149,6 +152,7 @@ def row(case: Case, times: dict[str, list[float]]) -> dict[str, Any]:
     }
     if "compile" in times:
         kept["normkit/compile"] = ratio(times, "normkit", "compile")
+        kept["normkit compiled/compile"] = ratio(times, "normkit compiled", "compile")
         kept["compile/torch"] = ratio(times, "compile", "torch")
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in kept.items()}
 

@@ -17,6 +17,7 @@ COMPILED = ((128, 64, 32, 32), (4096, 768))
 
 def main(out: Path | None, only: str | None, seconds: float, compiled: bool) -> int:
     """Time the cases whose name holds `only` (all), print a line each, write `out`."""
+    machine = harness.machine()  # its load too is that before the run
     rows = []
     for case in cases():
         if only is None or only in str(case):
@@ -35,10 +36,11 @@ def main(out: Path | None, only: str | None, seconds: float, compiled: bool) -> 
             models.append(harness.model_row(model.name, times))
             _show(model.name, models[-1])
     if not rows and not models:
-        print(f"normkit bench: no case's name holds {only!r}", file=sys.stderr)
+        some = ", ".join(map(str, list(cases())[:3]))
+        print(f"normkit bench: no case's name holds {only!r}; cases: {some}, ...", file=sys.stderr)
         return 1
     if out is not None:
-        result = {"machine": harness.machine(), "rows": rows, "models": models}
+        result = {"machine": machine, "rows": rows, "models": models}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
