@@ -56,8 +56,8 @@ def summary(result: dict[str, Any]) -> str:
             f"Times faster than torch's layers ({machine['cpu']}, {machine['threads']} threads, "
             f"{machine['backend cpu']}, torch {machine['torch']}): the\n"
             "geometric mean over shapes, layouts, float32 and bfloat16, with the slowest and the\n"
-            f"fastest row. Below 1 is slower than torch: {slower} of {len(rows)} rows are so by more "
-            "than 5 %.",
+            f"fastest row. Below 1 is slower than torch: {slower} of {len(rows)} rows are so by\n"
+            "more than 5 %.",
             table(["norm", *MODES], body),
             "A training step, forward, backward and SGD:",
             table(["model", "times faster", "torch against itself"], steps),
@@ -130,9 +130,9 @@ def full(result: dict[str, Any]) -> str:
 Written by `benchmarks/render.py` from `benchmarks/results/cpu.json`, which `normkit bench` (or
 `make bench`) measures: all contestants interleaved in one process in alternating order, medians of
 paired ratios of times: below 1 is faster. The floor is `x.clone()` forward and `x.clone()` and
-`x + dy` forward and backward, allocation included. Outputs of 32 MB and more lie in huge pages, which
-cost fewer page faults than the copy's, hence ratios below 1. A/A is torch against itself: a row whose
-A/A is far from 1 was disturbed.
+`x + dy` forward and backward, allocation included. Outputs of 32 MB and more lie in huge pages,
+which cost fewer page faults than the copy's, hence ratios below 1. A/A is torch against itself: a
+row whose A/A is far from 1 was disturbed.
 
 {facts}
 
