@@ -145,8 +145,8 @@ unfused {faster(unfused)}, fused {faster(fused)}.
 
 ## Against torch.compile
 
-Forward and backward, contiguous, float32. `compile` is inductor on torch's layer; `normkit compiled`
-is inductor on normkit's, whose operators it keeps where statistics are taken from the input.
+Forward and backward, contiguous, float32. `compile` is inductor on torch's layer, `normkit
+compiled` inductor on normkit's, whose operators it keeps where statistics are taken from the input.
 
 {compile_table}
 

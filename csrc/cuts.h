@@ -17,9 +17,9 @@ constexpr int64_t kChunks = 256;    // chunks at most
 
 // Sums down columns.
 constexpr int64_t kShortRun = 16;         // positions below which batch norm goes down columns
-constexpr int64_t kTile = 512;            // columns of a tile
+constexpr int64_t kTile = 1024;           // columns of a tile
 constexpr int64_t kTileRows = 256;        // rows of a block of a tile at most
-constexpr int64_t kTileElements = 65536;  // elements of such a block; of a tile, if rows have affines
+constexpr int64_t kTileElements = 131072; // elements of such a block; of a tile, if rows have affines
 constexpr int64_t kSomeRows = 8;          // rows whose mean stands for a block's at first
 constexpr int64_t kAhead = 8;             // rows between those that are read and those fetched
 

@@ -953,7 +953,7 @@ struct ColumnKernel : Core<S, K> {
   ColumnKernel(const Columns& g, const Call& c) : g(g), c(c), pointers(c) {
     tile = g.group;
     while (tile < kTile) tile *= 2;
-    if (ByRow) tile = max(64, min(2 * kTile, kTileElements / max(1, g.rows) / 64 * 64));
+    if (ByRow) tile = max(64, min(kTile, kTileElements / max(1, g.rows) / 64 * 64));
     tile = max(1, min(tile, g.columns));
     tiles = ceil_div(g.columns, tile);
     block_rows = max(8, min(kTileRows, kTileElements / tile / 4 * 4));

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import normkit
+from normkit import backend
 
 
 def test_import_needs_torch_alone():
@@ -62,3 +64,18 @@ def test_the_python_of_the_page_on_statistics_runs():
     exec(code, scope)
     assert scope["buffers"]["1.num_batches_tracked"].tolist() == [1, 1, 1]
     assert scope["model"][1].num_batches_tracked == 0
+
+
+def test_the_core_uses_the_stable_interface_alone():
+    """One binary for every Python from 3.11 and torch from 2.10: no symbol that is either's own."""
+    if backend.cpu.available() is not None or not shutil.which("nm"):
+        pytest.skip("the core, or nm, isn't there")
+    (core,) = Path(normkit.__file__).parent.glob("_cpu*.so")
+    assert core.name == "_cpu.abi3.so"
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", core], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = [line.split()[-1] for line in listed.splitlines()]
+    assert "torch_parallel_for" in symbols
+    own = re.compile(r"_Z\w*?(2at|3c10|5torch|5caffe)|_?Py")
+    assert [name for name in symbols if own.match(name)] == []
