@@ -61,6 +61,9 @@ def summary(result: dict[str, Any]) -> str:
             table(["norm", *MODES], body),
             "A training step, forward, backward and SGD:",
             table(["model", "times faster", "torch against itself"], steps),
+            "The ConvNeXt-style net loses outside its norms: the permutes around torch's leave\n"
+            "channels_last, on which the next convolutions are faster:\n"
+            "[notes](benchmarks/notes.md).",
         ]
     )
 
