@@ -28,10 +28,9 @@ class Affine(NamedTuple):
         bias: Tensor | None,
     ) -> Affine:
         """weight and bias, checked; `plain` is the shape of those that all samples share."""
-        if _is_plain(weight, x, plain) and _is_plain(bias, x, plain):
+        plain_weight = _is_plain("weight", weight, pool, x, plain)
+        if _is_plain("bias", bias, pool, x, plain) and plain_weight:
             return cls(weight, bias)
-        for name, parameter in (("weight", weight), ("bias", bias)):
-            _check(name, parameter, pool, x, plain)
         return cls(_full_rank(weight, pool, x), _full_rank(bias, pool, x), conditional=True)
 
     def after(self, r: Tensor, d: Tensor, ndim: int) -> Affine:
@@ -44,15 +43,6 @@ class Affine(NamedTuple):
 
 
 NO_AFFINE = Affine()
-
-
-def _is_plain(parameter: Tensor | None, x: Tensor, plain: tuple[int, ...]) -> bool:
-    return parameter is None or (
-        isinstance(parameter, Tensor)
-        and parameter.shape == plain
-        and parameter.is_floating_point()
-        and parameter.device == x.device
-    )
 
 
 def _full_rank(parameter: Tensor | None, pool: Pool, x: Tensor) -> Tensor | None:
@@ -68,22 +58,23 @@ def _full_rank(parameter: Tensor | None, pool: Pool, x: Tensor) -> Tensor | None
     )
 
 
-def _check(
+def _is_plain(
     name: str, parameter: Tensor | None, pool: Pool, x: Tensor, plain: tuple[int, ...]
-) -> None:
+) -> bool:
+    """Whether all samples share the parameter; an error where it fits neither all nor each."""
     if parameter is None:
-        return
+        return True
     if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
         met = parameter.dtype if isinstance(parameter, Tensor) else type(parameter).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {met}")
     check_device(name, parameter, x)
     if parameter.shape == plain:
-        return
+        return True
     if parameter.dim() in (len(plain) + 1, x.dim()) and parameter.dim() <= x.dim():
         full = _full_rank(parameter, pool, x)
         assert full is not None
         if all(m in (1, n) for m, n in zip(full.shape, x.shape, strict=True)):
-            return
+            return False
     if not pool.trailing and parameter.dim() == 1:
         raise ValueError(channels_disagree(name, parameter, x))
     per_sample = (x.shape[0], *plain)

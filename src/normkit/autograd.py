@@ -39,17 +39,18 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor
             return y, *(s.detach() for s in statistics)
         return _TransformedNormalize.apply(spec, *inputs)
     verbs = backend.choose(spec, inputs)
-    if torch.is_grad_enabled():
+    if _differentiated(inputs):
+        inputs, found = verbs.dense(spec, inputs), list[Tensor]()
         differentiable = (inputs.x, inputs.weight, inputs.bias, inputs.residual, inputs.add)
-        if any(t is not None and t.requires_grad for t in differentiable):
-            found: list[Tensor] = []
-            inputs = verbs.dense(spec, inputs)
-            differentiable = (inputs.x, inputs.weight, inputs.bias, inputs.residual, inputs.add)
-            y, *total = _Normalize.apply(spec, inputs, verbs, found, *differentiable)
-            return y, *found, *total
+        y, *total = _Normalize.apply(spec, inputs, verbs, found, *differentiable)
+        return y, *found, *total
     if tracked or inputs.add is not None:
         return verbs.normalize(spec, inputs)
     return (verbs.output(spec, inputs),)
+
+
+def _differentiated(inputs: Inputs) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def plain() -> bool:
@@ -134,7 +135,7 @@ def normalize_merged(spec: Spec, inputs: Inputs, merge: Merge, n: Tensor | int) 
     """y by merged statistics of n elements, which `inputs` hold; they count as functions of x."""
     if not plain():
         return reference.normalize(spec, inputs)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if _differentiated(inputs):
         return _NormalizeMerged.apply(spec, merge, n, *inputs)
     return backend.choose(spec, inputs).output(spec, inputs)
 

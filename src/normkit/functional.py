@@ -45,8 +45,8 @@ from .spec import Inputs, Spec, check_momentum, compute_dtype
 from .statistics import Moments, Running
 from .sync import Merge, RankError, Settings
 
-_AUTOCAST_TO_FLOAT32 = {"cuda": ("layer_norm", "rms_norm", "group_norm")}
-"""What torch's autocast runs in float32, by device; its other norms keep the input's dtype."""
+_AUTOCAST_TO_FLOAT32 = ("layer_norm", "rms_norm", "group_norm")
+"""What torch's autocast runs in float32, on CUDA alone; its other norms keep the input's dtype."""
 
 
 def batch_norm(
@@ -620,9 +620,6 @@ def _unsqueezed(tensor: Tensor | None) -> Tensor | None:
 
 
 def _autocast(name: str, x: Tensor) -> Tensor:
-    if x.is_cpu:
-        return x
-    device = x.device.type
-    if name in _AUTOCAST_TO_FLOAT32.get(device, ()) and torch.is_autocast_enabled(device):
+    if x.is_cuda and name in _AUTOCAST_TO_FLOAT32 and torch.is_autocast_enabled("cuda"):
         return x.to(compute_dtype(x.dtype))
     return x

@@ -58,6 +58,7 @@ def name_of(module: ModuleType) -> str:
 
 
 _CORE = cpu.available() is None
+"""Asked for once, outside of what compilers trace: Dynamo warns of a function with a cache."""
 
 
 def kept_by_compilers(spec: Spec, inputs: Inputs) -> bool:

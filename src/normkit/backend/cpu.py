@@ -68,9 +68,9 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
     """As `reference.normalize`; the mean is float64, so that it keeps what float32 would drop."""
     if inputs.add is None:
         return torch.ops.normkit.normalize.default(*_forward_arguments(spec, inputs))
-    x, weight, bias, _, mask, *_ = _forward_arguments(spec, inputs)
+    x, weight, bias, _, mask, _, _, *constants = _forward_arguments(spec, inputs)
     return torch.ops.normkit.add_normalize.default(
-        x, _like(inputs.add, x), weight, bias, mask, *_constants(spec)
+        x, _like(inputs.add, x), weight, bias, mask, *constants
     )
 
 
@@ -98,16 +98,15 @@ def move(
     unbias: float,
 ) -> bool:
     """Move running averages towards a batch's moments in place; False where it can't."""
-    averages = running_mean, running_var
     if not (running_mean.is_cpu and available() is None):
         return False
-    if not all(t.dtype in DTYPES and t.is_contiguous() for t in averages):
+    if not all(t.dtype in DTYPES and t.is_contiguous() for t in (running_mean, running_var)):
         return False
     if batches is not None and (batches.dtype != torch.int64 or batches.dim() > 0):
         return False
     torch.ops.normkit.move.default(running_mean, running_var, batches, mean, var, momentum, unbias)
-    moved = [running_mean, running_var] if batches is None else [running_mean, running_var, batches]
-    torch.autograd.graph.increment_version(moved)
+    moved = (running_mean, running_var, batches)
+    torch.autograd.graph.increment_version([t for t in moved if t is not None])
     return True
 
 
