@@ -25,10 +25,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from normkit import pool
 from normkit.backend import triton as backend
-from normkit.pool import Pool
-from normkit.spec import Inputs, Spec
+from normkit.formula import pool
+from normkit.formula.pool import Pool
+from normkit.formula.spec import Inputs, Spec
 
 RESULTS = Path(__file__).parent / "results/aot.json"
 CAPABILITIES = (80, 90, 100)

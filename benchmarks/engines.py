@@ -26,12 +26,12 @@ from typing import Any
 from torch import multiprocessing
 
 from normkit.bench.harness import machine
-from normkit.lab.arms import Arm
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
 from normkit.lab.engine import engine_for
-from normkit.lab.store import Store
-from normkit.lab.train import Report, Task, train
+from normkit.lab.results.store import Store
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
+from normkit.lab.training.train import Report, Task, train
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/engines.json"

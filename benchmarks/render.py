@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from normkit.lab.train import _CHECKPOINT_SECONDS, _REPORT_SECONDS
+from normkit.lab.training.train import _CHECKPOINT_SECONDS, _REPORT_SECONDS
 
 ROOT = Path(__file__).parent.parent
 MODES = ("evaluation", "training", "forward+backward")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import normkit
 from normkit.bench import harness
-from normkit.sync import _HEADER, _all_gather
+from normkit.runtime.sync import _HEADER, _all_gather
 
 SHAPES = (
     *((2, 64, 56, 56), (2, 512, 14, 14), (2, 2048, 7, 7)),

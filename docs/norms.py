@@ -16,7 +16,7 @@ from torch import nn
 import normkit
 from normkit import backend, parametrizations
 from normkit.factory import arguments
-from normkit.spec import Inputs, Spec
+from normkit.formula.spec import Inputs, Spec
 
 PAGE = Path(__file__).parent / "norms.md"
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from normkit.cli import main
+from normkit.cli.main import main
 
 
 def test_list_names_each_study_with_claim_and_source(capsys):
@@ -51,7 +51,7 @@ def test_without_the_extra_the_error_names_it():
         "import sys, importlib.util as u\n"
         "find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name in ('scipy', 'rich') else find(name, *a)\n"
-        "from normkit.cli import main\n"
+        "from normkit.cli.main import main\n"
         "sys.exit(main(['study', 'speed']))\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -61,6 +61,6 @@ def test_without_the_extra_the_error_names_it():
 
 
 def test_the_command_line_imports_nothing_of_the_lab():
-    program = "import sys, normkit.cli; print([m for m in sys.modules if 'normkit.lab' in m])"
+    program = "import sys, normkit.cli.main; print([m for m in sys.modules if 'normkit.lab' in m])"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.stdout.strip() == "[]"

@@ -20,8 +20,8 @@ import normkit
 from normkit import backend
 from normkit import functional as F
 from normkit.backend import cpu, reference
-from normkit.pool import BATCH, last
-from normkit.spec import Inputs, Spec
+from normkit.formula.pool import BATCH, last
+from normkit.formula.spec import Inputs, Spec
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit
 from normkit import functional as F
-from normkit import state
+from normkit.runtime import state
 
 VARIANTS = {
     "BatchNorm": lambda: normkit.BatchNorm(3),

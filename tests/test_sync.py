@@ -802,7 +802,7 @@ def test_standardize_over_ranks_is_the_same_on_each(ranks):
 
 
 def test_without_a_process_group_it_is_batch_norm_and_says_so_once():
-    normkit.sync._say_alone.cache_clear()
+    normkit.runtime.sync._say_alone.cache_clear()
     x = torch.randn(6, 5, 3)
     layer, plain = normkit.create("sync", 5), normkit.BatchNorm(5)
     with pytest.warns(RuntimeWarning, match="no process group is initialized"):
@@ -878,7 +878,7 @@ def test_swap_carries_what_the_calls_set():
 def test_a_torch_whose_ddp_cannot_be_mended_is_warned_of(monkeypatch):
     monkeypatch.delattr(DistributedDataParallel, "_passing_sync_batchnorm_handle")
     with pytest.warns(RuntimeWarning, match="DistributedDataParallel may refuse"):
-        normkit.sync.let_ddp_take(SYNC)
+        normkit.runtime.sync.let_ddp_take(SYNC)
 
 
 def test_traced_by_fx_it_keeps_its_ranks():

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from normkit import pool
 from normkit.backend import reference, triton, triton_plan
-from normkit.spec import Inputs, Spec
+from normkit.formula import pool
+from normkit.formula.spec import Inputs, Spec
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent

@@ -22,17 +22,17 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
-from normkit.lab.arms import GRID_SEED
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
 from normkit.lab.engine import engine_for
-from normkit.lab.measures import duration
-from normkit.lab.progress import progress_for
-from normkit.lab.report import Section, page
+from normkit.lab.report.page import Section, page
+from normkit.lab.report.progress import progress_for
+from normkit.lab.results.measures import duration
+from normkit.lab.results.store import Store
 from normkit.lab.run import done
-from normkit.lab.store import Store
 from normkit.lab.studies import all_studies
 from normkit.lab.study import Study
+from normkit.lab.training.arms import GRID_SEED
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
 
 HERE = Path(__file__).parent
 # The data and networks that the table of all studies has a column for.

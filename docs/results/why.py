@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from normkit.lab.arms import Arm
-from normkit.lab.batches import Batches
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
-from normkit.lab.measures import percent, said
-from normkit.lab.models import build, layers, norms
-from normkit.lab.probe import Probe, look
+from normkit.lab.results.measures import percent, said
+from normkit.lab.results.verdict import estimate
 from normkit.lab.studies import affine, batch_size, placement
 from normkit.lab.studies.optimizer import probe as sharpness
-from normkit.lab.train import advance, make_optimizer, score
-from normkit.lab.verdict import estimate
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.batches import Batches
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
+from normkit.lab.training.models import build, layers, norms
+from normkit.lab.training.probe import Probe, look
+from normkit.lab.training.train import advance, make_optimizer, score
 
 SEEDS, STEPS = range(6), 750
 CONFIGS = {name: Config(data=name, steps=STEPS) for name in ("digits", "fashion-mnist")}

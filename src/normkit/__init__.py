@@ -1,10 +1,9 @@
 """Normalization layers, kernels, studies and tools for PyTorch."""
 
-from . import functional, parametrizations, recompute
-from .beside import DyT, FilterResponseNorm, GlobalResponseNorm
-from .dispatch import backends, explain, info
-from .factory import create
-from .layers import (
+from normkit import functional, parametrizations
+from normkit.dispatch import backends, explain, info
+from normkit.factory import create
+from normkit.layers import (
     BatchNorm,
     BatchNorm1d,
     BatchNorm2d,
@@ -21,12 +20,14 @@ from .layers import (
     RMSNorm,
     SyncBatchNorm,
 )
-from .standardize import Standardize
-from .state import functional_call
-from .tools.fold import fold
-from .tools.inspect import inspect
-from .tools.recalibrate import recalibrate
-from .tools.swap import swap
+from normkit.runtime import recompute
+from normkit.runtime.state import functional_call
+from normkit.standalone import DyT, FilterResponseNorm, GlobalResponseNorm
+from normkit.standardize import Standardize
+from normkit.tools.fold import fold
+from normkit.tools.inspect import inspect
+from normkit.tools.recalibrate import recalibrate
+from normkit.tools.swap import swap
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from normkit.cli import main
+from normkit.cli.main import main
 
 sys.exit(main())

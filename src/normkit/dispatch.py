@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import backend, layers
+from normkit import backend, layers
 
 
 def backends() -> dict[str, str | None]:
@@ -43,7 +43,7 @@ def explain(layer: nn.Module, *args: Any, **kwargs: Any) -> str:
 
 def info() -> str:
     """Versions, machine and the state of every backend, a line each."""
-    from . import __version__
+    from normkit import __version__
 
     rows = {
         "normkit": __version__,

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .beside import DyT, FilterResponseNorm, GlobalResponseNorm
-from .layers import (
+from normkit.formula.spec import unknown
+from normkit.layers import (
     BatchNorm,
     BatchRenorm,
     FrozenBatchNorm,
@@ -20,7 +20,7 @@ from .layers import (
     RMSNorm,
     SyncBatchNorm,
 )
-from .spec import unknown
+from normkit.standalone import DyT, FilterResponseNorm, GlobalResponseNorm
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Every feature normalization as a function.
 
 All of them are y = act((x - mean) * rstd * weight + bias [+ residual]), rstd = (variance +
-eps)^(-1/2), and differ in which elements share a mean and a variance (`normkit.pool.Pool`) and in
-where these come from. Statistics are computed in at least float32; y has x's dtype and layout.
+eps)^(-1/2), and differ in which elements share a mean and a variance (`normkit.formula.pool.Pool`)
+and in where these come from. Statistics are computed in at least float32; y has x's dtype and
+layout.
 
 `mask` is a boolean tensor of x's rank that broadcasts to x: where it is False, elements take no
 part in the statistics, y is 0, and x and residual get no gradient, whatever they hold (NaN
@@ -24,10 +25,9 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from . import autograd, recompute, state, statistics
-from .affine import NO_AFFINE, Affine
-from .backend import aten
-from .checks import (
+from normkit.backend import aten
+from normkit.formula.affine import NO_AFFINE, Affine
+from normkit.formula.checks import (
     check_batch,
     check_batch_statistics,
     check_ghost_size,
@@ -40,10 +40,11 @@ from .checks import (
     check_positive_eps,
     check_running,
 )
-from .pool import BATCH, CHANNELS, INSTANCE, Pool, ghost, group, last
-from .spec import Inputs, Spec, check_momentum, compute_dtype
-from .statistics import Moments, Running
-from .sync import Merge, RankError, Settings
+from normkit.formula.pool import BATCH, CHANNELS, INSTANCE, Pool, ghost, group, last
+from normkit.formula.spec import Inputs, Spec, check_momentum, compute_dtype
+from normkit.runtime import autograd, recompute, state, statistics
+from normkit.runtime.statistics import Moments, Running
+from normkit.runtime.sync import Merge, RankError, Settings
 
 _AUTOCAST_TO_FLOAT32 = ("layer_norm", "rms_norm", "group_norm")
 """What torch's autocast runs in float32, on CUDA alone; its other norms keep the input's dtype."""

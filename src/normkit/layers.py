@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from . import checks, functional
-from .backend import aten
-from .spec import check_act, check_eps, check_momentum
-from .sync import Merge, let_ddp_take
+from normkit import functional
+from normkit.backend import aten
+from normkit.formula import checks
+from normkit.formula.spec import check_act, check_eps, check_momentum
+from normkit.runtime.sync import Merge, let_ddp_take
 
 
 @torch.fx.wrap
@@ -372,7 +373,7 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """The module with every batch norm in it, but frozen ones, made this layer by `swap`."""
-        from .tools.swap import swap
+        from normkit.tools.swap import swap
 
         def batch(name: str, layer: nn.Module) -> bool:
             return isinstance(layer, _BatchNorm) and not isinstance(layer, FrozenBatchNorm)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from . import functional, recompute, state
-from .backend.reference import wide
-from .spec import check_eps
+from normkit import functional
+from normkit.backend.reference import wide
+from normkit.formula.spec import check_eps
+from normkit.runtime import recompute, state
 
 Layer = TypeVar("Layer", bound=nn.Module)
 

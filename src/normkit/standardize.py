@@ -10,9 +10,9 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from .layers import _Norm
-from .moments import Moments
-from .sync import gathered
+from normkit.formula.moments import Moments
+from normkit.layers import _Norm
+from normkit.runtime.sync import gathered
 
 
 class Standardize(_Norm):

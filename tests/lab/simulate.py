@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from normkit.lab.store import Run
+from normkit.lab.results.store import Run
 
 
 def run(arm, seed, accuracy, found=None, status="finished", steps=100):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from simulate import runs, share, words
 
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
-from normkit.lab.errors import LabError
+from normkit.common.errors import LabError
 from normkit.lab.studies.batch_size import STUDY, arms, errors, judge
 from normkit.lab.study import Evidence, NotApplicable
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
 
 GIVEN = Config(steps=60)
 CONFIG = GIVEN.resolved("batch-size")

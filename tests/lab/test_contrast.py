@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from simulate import paced, share, words
 
-from normkit.lab.config import Config
-from normkit.lab.contrast import Contrast, contrast
+from normkit.lab.report.contrast import Contrast, contrast
+from normkit.lab.results.verdict import any_of, seeds_to_place, seeds_to_settle
 from normkit.lab.studies import affine, placement
 from normkit.lab.study import Evidence
-from normkit.lab.verdict import any_of, seeds_to_place, seeds_to_settle
+from normkit.lab.training.config import Config
 
 CONFIG = Config(steps=400).resolved("placement")
 SIGMOID = "Before is better with sigmoid"

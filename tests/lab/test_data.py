@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from normkit.lab.config import Config
-from normkit.lab.data import load_data, scaled
-from normkit.lab.errors import LabError, UserCodeError
+from normkit.common.errors import LabError, UserCodeError
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data, scaled
 
 
 def load(data, **options):

@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from normkit.lab.arms import Arm
-from normkit.lab.batches import Batches
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
-from normkit.lab.distributions import PERCENTS, figure, look, percentiles
-from normkit.lab.models import build
-from normkit.lab.probe import Probe
-from normkit.lab.probe import look as looked
-from normkit.lab.store import Run
-from normkit.lab.train import advance, make_optimizer
+from normkit.lab.report.distributions import PERCENTS, figure, look, percentiles
+from normkit.lab.results.store import Run
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.batches import Batches
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
+from normkit.lab.training.models import build
+from normkit.lab.training.probe import Probe
+from normkit.lab.training.probe import look as looked
+from normkit.lab.training.train import advance, make_optimizer
 
 PLAIN, BATCH = Arm("none", "no norm"), Arm("batch", "batch norm", norm="batch")
 

@@ -12,8 +12,8 @@ import pytest
 from folders import curves
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from normkit.lab.config import Config, read_toml
-from normkit.lab.errors import LabError
+from normkit.common.errors import LabError
+from normkit.lab.training.config import Config, read_toml
 
 WORDS = ("speed", "--steps", 3000, "--eval-every", 50, "--seeds", 1, "--jobs", 1, "--arms", "none")
 

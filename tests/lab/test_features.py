@@ -7,12 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.lab.batches import Batches
-from normkit.lab.config import Config
-from normkit.lab.data import load_data, scaled
-from normkit.lab.models import build
-from normkit.lab.probe import Probe, look
-from normkit.lab.store import Run
+from normkit.lab.results.store import Run
 from normkit.lab.studies.features import (
     ARMS,
     condition,
@@ -25,7 +20,12 @@ from normkit.lab.studies.features import (
 )
 from normkit.lab.studies.features import STUDY as FEATURES
 from normkit.lab.study import Evidence, NotApplicable
-from normkit.lab.train import advance, make_optimizer
+from normkit.lab.training.batches import Batches
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data, scaled
+from normkit.lab.training.models import build
+from normkit.lab.training.probe import Probe, look
+from normkit.lab.training.train import advance, make_optimizer
 
 CONFIG = Config(data="wine", steps=3000, eval_every=30).resolved("features")
 DATA = load_data(CONFIG)

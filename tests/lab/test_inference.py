@@ -6,11 +6,11 @@ import torch
 from simulate import run, words
 
 import normkit
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
-from normkit.lab.models import build
 from normkit.lab.studies.inference import ARMS, _by_batch, _drifted, judge, probe
 from normkit.lab.study import Evidence
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
+from normkit.lab.training.models import build
 
 CONFIG = Config(steps=60).resolved("inference")
 DATA = load_data(CONFIG)

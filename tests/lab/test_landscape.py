@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.lab.batches import Batches
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
-from normkit.lab.models import build, check
-from normkit.lab.probe import Probe, look
-from normkit.lab.store import Run
+from normkit.lab.results.store import Run
 from normkit.lab.studies.landscape import ARMS, MULTIPLES, STUDY, judge, probe
 from normkit.lab.study import Evidence, NotApplicable
-from normkit.lab.train import Task, advance, make_optimizer, train
+from normkit.lab.training.batches import Batches
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
+from normkit.lab.training.models import build, check
+from normkit.lab.training.probe import Probe, look
+from normkit.lab.training.train import Task, advance, make_optimizer, train
 
 CONFIG = Config(steps=60, eval_every=10).resolved("landscape")
 DATA = load_data(CONFIG)
@@ -120,8 +120,8 @@ def test_noise_is_the_same_at_all_points_of_a_probe():
 
 
 def test_the_noisy_arm_goes_on_bitwise_from_a_checkpoint(monkeypatch):
-    monkeypatch.setattr("normkit.lab.train._CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr("normkit.lab.train._CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr("normkit.lab.training.train._CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("normkit.lab.training.train._CHECKPOINT_SHARE", 1e9)
     task = Task(1, ARM["noisy"], 0, CONFIG, probe=probe, probes=3)
     reports = list(train(task, DATA))
     whole = {step: row for report in reports for step, row in report.rows.items()}

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from simulate import run, share, words
 
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
+from normkit.lab.results.verdict import estimate
 from normkit.lab.studies.learning_rate import (
     FACTORS,
     ONE_STEP,
@@ -20,7 +19,8 @@ from normkit.lab.studies.learning_rate import (
     working,
 )
 from normkit.lab.study import Evidence, NotApplicable
-from normkit.lab.verdict import estimate
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
 
 GIVEN = Config(steps=60)
 CONFIG = GIVEN.resolved("learning-rate")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import normkit
-from normkit.lab.norms import DetachedBatchNorm, NoisyBatchNorm, create, layer_of
+from normkit.lab.training.norms import DetachedBatchNorm, NoisyBatchNorm, create, layer_of
 
 
 def learned(layer):

@@ -9,14 +9,14 @@ import torch
 from simulate import paced, share, words
 from torch import nn
 
-from normkit.lab.batches import Batches
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
-from normkit.lab.models import build
-from normkit.lab.probe import Probe, hessian, look
 from normkit.lab.studies.optimizer import STUDY, arms, at_loss, curvature, judge, matched, probe
 from normkit.lab.study import Evidence, NotApplicable
-from normkit.lab.train import advance, make_optimizer
+from normkit.lab.training.batches import Batches
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
+from normkit.lab.training.models import build
+from normkit.lab.training.probe import Probe, hessian, look
+from normkit.lab.training.train import advance, make_optimizer
 
 GIVEN = Config(steps=400)
 CONFIG = GIVEN.resolved("optimizer")

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 import normkit
-from normkit.lab.batches import Batches
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
-from normkit.lab.models import build, check, norms
-from normkit.lab.probe import Probe, look
 from normkit.lab.studies import affine
 from normkit.lab.studies.placement import ARMS, STUDY, probe
 from normkit.lab.study import NotApplicable
-from normkit.lab.train import advance, make_optimizer
+from normkit.lab.training.batches import Batches
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
+from normkit.lab.training.models import build, check, norms
+from normkit.lab.training.probe import Probe, look
+from normkit.lab.training.train import advance, make_optimizer
 
 GIVEN = Config(steps=60, eval_every=10)
 CONFIG = GIVEN.resolved("placement")

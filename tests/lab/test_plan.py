@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from normkit.lab.errors import LabError
+from normkit.common.errors import LabError
 from normkit.lab.plan import seconds
 
 FAST = ("--seeds", 1, "--steps", 20, "--eval-every", 10, "--jobs", 1)

@@ -18,9 +18,9 @@ import torch
 from folders import checkpoints, curves, steps_told
 from two_nodes import ENVIRONMENT
 
-from normkit.lab.config import Config
+from normkit.common.errors import LabError
 from normkit.lab.engine.cluster import Cluster
-from normkit.lab.errors import LabError
+from normkit.lab.training.config import Config
 
 LONG = ("--steps", 1500, "--eval-every", 50, "--seeds", 2, "--arms", "none,batch", "--json")
 MODULES = {
@@ -127,11 +127,14 @@ def test_a_killed_driver_goes_on_and_ends_with_the_curves_of_the_local_engine(st
 def test_workers_that_differ_are_refused(lacking, said, study):
     driver = {
         "ray": "import ray; ray.__version__ = '2.9.9'",
-        "torch": "import normkit.lab.engine.cluster as c, normkit.lab.store as s; "
+        "torch": "import normkit.lab.engine.cluster as c, normkit.lab.results.store as s; "
         "c.versions = lambda: {**s.versions(), 'torch': '9'}",
         "module": "import normkit.lab.engine.cluster as c; c.sources = lambda names: []",
     }
-    program = ("-c", f"{driver[lacking]}; import normkit.cli, sys; sys.exit(normkit.cli.main())")
+    program = (
+        "-c",
+        f"{driver[lacking]}; import normkit.cli.main, sys; sys.exit(normkit.cli.main.main())",
+    )
     words = ("--model", "mine:net", "--steps", 20, "--seeds", 1, "--out", lacking)
     code, _, stderr = study.end(*words, *study.on_ray, program=program)
     assert code == 1

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from playwright import sync_api as browser_api
 
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
-from normkit.lab.figures import Axis, Interval, intervals
-from normkit.lab.page import SCRIPT
-from normkit.lab.report import Section, embedded, page, raw_numbers
-from normkit.lab.store import Run, Store
+from normkit.common.style import SCRIPT
+from normkit.lab.report.figures import Axis, Interval, intervals
+from normkit.lab.report.page import Section, embedded, page, raw_numbers
+from normkit.lab.results.store import Run, Store
+from normkit.lab.results.verdict import Estimate
 from normkit.lab.studies.speed import ARMS, STUDY
 from normkit.lab.study import Evidence
-from normkit.lab.train import Task, train
-from normkit.lab.verdict import Estimate
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
+from normkit.lab.training.train import Task, train
 
 NASTY = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
 

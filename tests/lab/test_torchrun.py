@@ -17,14 +17,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import normkit
-from normkit.lab.arms import Arm
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
-from normkit.lab.errors import LabError
-from normkit.lab.models import check
+from normkit.common.errors import LabError
 from normkit.lab.plan import _pace
-from normkit.lab.ranks import rehearse, synced
 from normkit.lab.studies import all_studies
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
+from normkit.lab.training.models import check
+from normkit.lab.training.ranks import rehearse, synced
 from ranks import on_ranks
 
 # Batches of 25 over two ranks are 13 and 12.

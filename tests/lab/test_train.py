@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 import normkit
-from normkit.lab.arms import GRID, Arm
-from normkit.lab.batches import Batches
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
-from normkit.lab.errors import LabError
-from normkit.lab.models import build, check, last_hidden
+from normkit.common.errors import LabError
+from normkit.lab.results.store import Run
 from normkit.lab.run import best_factor
-from normkit.lab.store import Run
 from normkit.lab.studies.speed import ARMS
-from normkit.lab.train import Task, advance, make_optimizer, measure, train
+from normkit.lab.training.arms import GRID, Arm
+from normkit.lab.training.batches import Batches
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
+from normkit.lab.training.models import build, check, last_hidden
+from normkit.lab.training.train import Task, advance, make_optimizer, measure, train
 
 CONFIG = Config(steps=60, eval_every=10).resolved("speed")
 DATA = load_data(CONFIG)
@@ -81,8 +81,8 @@ def collect(task):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "rmsprop", "adam"])
 def test_a_run_from_a_checkpoint_is_bitwise_the_unbroken_run(optimizer, monkeypatch):
-    monkeypatch.setattr("normkit.lab.train._CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr("normkit.lab.train._CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr("normkit.lab.training.train._CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("normkit.lab.training.train._CHECKPOINT_SHARE", 1e9)
     config = Config(steps=60, eval_every=10, optimizer=optimizer).resolved("speed")
     task = Task(1, BATCH, 0, config)
     whole, reports = collect(task)
@@ -103,8 +103,8 @@ def test_dropout_too_goes_on_where_it_was(monkeypatch, tmp_path):
         "                         nn.Linear(8, 10))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("normkit.lab.train._CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr("normkit.lab.train._CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr("normkit.lab.training.train._CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("normkit.lab.training.train._CHECKPOINT_SHARE", 1e9)
     config = Config(steps=40, eval_every=10, model="dropping:net").resolved("speed")
     task = Task(1, NONE, 0, config)
     whole, reports = collect(task)

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from normkit.lab.config import Config
-from normkit.lab.measures import target_of
-from normkit.lab.store import Run
+from normkit.lab.results.measures import target_of
+from normkit.lab.results.store import Run
+from normkit.lab.results.verdict import estimate, log_speedup, smoothed, steps_to, word
 from normkit.lab.studies.speed import ARMS, arms, judge
 from normkit.lab.study import Evidence
-from normkit.lab.verdict import estimate, log_speedup, smoothed, steps_to, word
+from normkit.lab.training.config import Config
 
 CONFIG = Config(steps=3000, eval_every=30).resolved("speed")
 RELU = Config(steps=3000, eval_every=30, activation="relu").resolved("speed")

@@ -5,10 +5,10 @@ import torch
 from simulate import run, runs, share, words
 from torch import nn
 
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
 from normkit.lab.studies.norms import ARMS, arms, finish, judge
 from normkit.lab.study import Evidence
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
 
 CONFIG = Config(steps=100).resolved("norms")
 DATA = load_data(CONFIG)

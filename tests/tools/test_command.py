@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from normkit.cli import main
+from normkit.cli.main import main
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from ..spec import Inputs, Spec
-from . import cpu, reference, triton
+from normkit.backend import cpu, reference, triton
+from normkit.formula.spec import Inputs, Spec
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
 """In the order of preference; reference, the last, takes every call."""

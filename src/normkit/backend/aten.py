@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..spec import Inputs, Spec
-from . import reference
+from normkit.backend import reference
+from normkit.formula.spec import Inputs, Spec
 
 
 def exporting() -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import ACTS, Inputs, Spec, compute_dtype
+from normkit.formula.spec import ACTS, Inputs, Spec, compute_dtype
 
 DEVICE = "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

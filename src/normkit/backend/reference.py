@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..spec import Inputs, Spec, compute_dtype
+from normkit.formula.spec import Inputs, Spec, compute_dtype
 
 LEAKY_SLOPE = 0.01
 

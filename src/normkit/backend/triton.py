@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..spec import Inputs, Spec, compute_dtype
-from .cpu import DTYPES, _contiguous, _dense, _dense_mask, _like
-from .cpu import dense as dense
-from .triton_plan import WARPS_PER_SM, _power, covers, geometry, launch, shared
+from normkit.backend.cpu import DTYPES, _contiguous, _dense, _dense_mask, _like
+from normkit.backend.cpu import dense as dense
+from normkit.backend.triton_plan import WARPS_PER_SM, _power, covers, geometry, launch, shared
+from normkit.formula.spec import Inputs, Spec, compute_dtype
 
 DEVICE = "cuda"
 FUSION = {"enable_fp_fusion": True}

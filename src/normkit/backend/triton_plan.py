@@ -23,7 +23,7 @@ import functools
 import math
 from typing import Literal, NamedTuple
 
-from ..pool import Pool
+from normkit.formula.pool import Pool
 
 LARGEST = {"forward": 16384, "backward": 8192}
 """Elements of a tile that holds a whole unit in registers, read once."""

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import normkit
-
-from .. import backend
-from .cases import Case
+from normkit import backend
+from normkit.bench.cases import Case
 
 Step = Callable[[], object]
 

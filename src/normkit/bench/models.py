@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normkit
-
-from .cases import ChannelsFirstLayerNorm
+from normkit.bench.cases import ChannelsFirstLayerNorm
 
 Make = Callable[[int], nn.Module]
 

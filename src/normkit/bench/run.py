@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import harness
-from .cases import Case, cases
-from .models import MODELS, training_step
+from normkit.bench import harness
+from normkit.bench.cases import Case, cases
+from normkit.bench.models import MODELS, training_step
 
 COMPILED = ((128, 64, 32, 32), (4096, 768))
 """The shapes at which torch.compile runs too, forward and backward: each costs it a minute."""

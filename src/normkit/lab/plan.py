@@ -10,22 +10,22 @@ from pathlib import Path
 
 import torch
 
-from normkit.lab import ranks
-from normkit.lab.arms import GRID_SEED, Arm
-from normkit.lab.batches import Batches
-from normkit.lab.config import Config
-from normkit.lab.data import Data, load_data, scaled
+from normkit.common.errors import LabError
 from normkit.lab.engine import Engine, engine_for
-from normkit.lab.errors import LabError
-from normkit.lab.measures import duration
-from normkit.lab.models import build, check
-from normkit.lab.probe import Probe, look
-from normkit.lab.progress import Progress
-from normkit.lab.report import Section, page
+from normkit.lab.report.page import Section, page
+from normkit.lab.report.progress import Progress
+from normkit.lab.results.measures import duration
+from normkit.lab.results.store import Store, write_file
 from normkit.lab.run import done
-from normkit.lab.store import Store, write_file
 from normkit.lab.study import NotApplicable, Study
-from normkit.lab.train import advance, make_optimizer, measure
+from normkit.lab.training import ranks
+from normkit.lab.training.arms import GRID_SEED, Arm
+from normkit.lab.training.batches import Batches
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data, load_data, scaled
+from normkit.lab.training.models import build, check
+from normkit.lab.training.probe import Probe, look
+from normkit.lab.training.train import advance, make_optimizer, measure
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 # A process that trains starts within about this long.

@@ -8,19 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from normkit.lab.arms import GRID_SEED, Arm
-from normkit.lab.config import Config
-from normkit.lab.data import Data, load_data
+from normkit.common.user_code import fingerprint
 from normkit.lab.engine import Engine, engine_for
-from normkit.lab.events import Events
-from normkit.lab.models import check
-from normkit.lab.progress import Progress
-from normkit.lab.report import Section, page
-from normkit.lab.store import Run, Store, write_file
+from normkit.lab.report.page import Section, page
+from normkit.lab.report.progress import Progress
+from normkit.lab.results.events import Events
+from normkit.lab.results.store import Run, Store, write_file
+from normkit.lab.results.verdict import FEWEST, TOO_FEW, smoothed
 from normkit.lab.study import Evidence, Findings, Study
-from normkit.lab.train import Task
-from normkit.lab.user import fingerprint
-from normkit.lab.verdict import FEWEST, TOO_FEW, smoothed
+from normkit.lab.training.arms import GRID_SEED, Arm
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data, load_data
+from normkit.lab.training.models import check
+from normkit.lab.training.train import Task
 
 
 def run_study(study: Study, given: Config, progress: Progress) -> Findings:

@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from normkit.lab.arms import GRID, Arm
-from normkit.lab.config import Config
-from normkit.lab.data import Data
-from normkit.lab.errors import LabError, unknown
-from normkit.lab.probe import Probe
-from normkit.lab.store import Run
-from normkit.lab.verdict import Verdict
+from normkit.common.errors import LabError, unknown
+from normkit.lab.results.store import Run
+from normkit.lab.results.verdict import Verdict
+from normkit.lab.training.arms import GRID, Arm
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data
+from normkit.lab.training.probe import Probe
 
 
 class NotApplicable(LabError):

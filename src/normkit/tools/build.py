@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .. import layers
-from ..factory import create
-from .norms import ACTIVATIONS, Norm, is_synchronized, process_group_of
+from normkit import layers
+from normkit.factory import create
+from normkit.tools.norms import ACTIVATIONS, Norm, is_synchronized, process_group_of
 
 Make = Callable[[int], nn.Module]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .norms import is_norm
+from normkit.tools.norms import is_norm
 
 LINEAR = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),

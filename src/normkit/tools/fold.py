@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .flow import LINEAR, Flow, Op
-from .model import (
+from normkit.tools.flow import LINEAR, Flow, Op
+from normkit.tools.model import (
     Forward,
     Only,
     ToolError,
@@ -28,8 +28,8 @@ from .model import (
     taken,
     undone_on_failure,
 )
-from .norms import ACTIVATIONS, is_norm, read
-from .table import Report
+from normkit.tools.norms import ACTIVATIONS, is_norm, read
+from normkit.tools.table import Report
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error over largest output that is let pass, by the layer's dtype."""

@@ -12,9 +12,9 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
-from .build import adopt, make
-from .model import Forward, all_off, preserved
-from .norms import is_norm, name_of_act, read
+from normkit.tools.build import adopt, make
+from normkit.tools.model import Forward, all_off, preserved
+from normkit.tools.norms import is_norm, name_of_act, read
 
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",

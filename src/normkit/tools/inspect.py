@@ -11,12 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .measure import Facts, Layer, measure
-from .model import Forward, ToolError, again, check_loader, first_input, inner, preserved, taken
-from .recalibrate import recalibrate
-from .rules import RULES
-from .swap import swap
-from .table import Report
+from normkit.tools.measure import Facts, Layer, measure
+from normkit.tools.model import (
+    Forward,
+    ToolError,
+    again,
+    check_loader,
+    first_input,
+    inner,
+    preserved,
+    taken,
+)
+from normkit.tools.recalibrate import recalibrate
+from normkit.tools.rules import RULES
+from normkit.tools.swap import swap
+from normkit.tools.table import Report
 
 _MENDED_BY_RECALIBRATE = ("train-eval-gap", "never-updated", "stale")
 _MENDED_BY_SWAP = "near-overflow"
@@ -67,7 +76,7 @@ class Inspection(Report):
 
     def to_html(self) -> str:
         """A page that opens offline: the findings, and each layer's data."""
-        from .page import page
+        from normkit.tools.page import page
 
         return page(self)
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .flow import Flow, Op
-from .model import Forward, all_off
-from .norms import Norm, is_frozen, is_norm, read
-from .spread import Spread
+from normkit.tools.flow import Flow, Op
+from normkit.tools.model import Forward, all_off
+from normkit.tools.norms import Norm, is_frozen, is_norm, read
+from normkit.tools.spread import Spread
 
 _SAMPLES = 4000
 """Values of a layer's input and output that are kept for the page's histograms."""

@@ -6,12 +6,11 @@ import html
 import math
 from typing import TYPE_CHECKING
 
-from normkit.lab.page import STYLE
-
-from .measure import Layer
+from normkit.common.style import STYLE
+from normkit.tools.measure import Layer
 
 if TYPE_CHECKING:
-    from .inspect import Inspection
+    from normkit.tools.inspect import Inspection
 
 _WIDTH, _HEIGHT, _BINS = 180, 56, 36
 

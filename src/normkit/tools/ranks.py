@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import _BatchLayer
-from ..statistics import Moments
-from ..sync import Merge, Settings, gathered
-from .model import ToolError
+from normkit.layers import _BatchLayer
+from normkit.runtime.statistics import Moments
+from normkit.runtime.sync import Merge, Settings, gathered
+from normkit.tools.model import ToolError
 
 
 @contextmanager

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import BatchRenorm
-from ..moments import Moments
-from ..sync import gathered
-from .model import (
+from normkit.formula.moments import Moments
+from normkit.layers import BatchRenorm
+from normkit.runtime.sync import gathered
+from normkit.tools.model import (
     Forward,
     Only,
     ToolError,
@@ -30,10 +30,10 @@ from .model import (
     preserved,
     taken,
 )
-from .norms import is_frozen, is_norm
-from .ranks import apart, in_step, together
-from .spread import Spread
-from .table import Report
+from normkit.tools.norms import is_frozen, is_norm
+from normkit.tools.ranks import apart, in_step, together
+from normkit.tools.spread import Spread
+from normkit.tools.table import Report
 
 _FEWEST_BATCHES = 8
 """A standard error from fewer batches is itself too uncertain to stop by."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .flow import LINEAR
-from .measure import Facts, Layer
-from .norms import is_synchronized
-from .spread import Spread
+from normkit.tools.flow import LINEAR
+from normkit.tools.measure import Facts, Layer
+from normkit.tools.norms import is_synchronized
+from normkit.tools.spread import Spread
 
 Found = Iterator[tuple[str, str, str]]
 """(layer, what was measured, the line that mends it) for each finding."""

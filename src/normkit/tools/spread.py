@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..moments import Moments
+from normkit.formula.moments import Moments
 
 
 @dataclass

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..factory import NORMS, create
-from .build import KINDS, Make, adopt, make, tensor_like
-from .fuse import fuse_epilogues
-from .model import (
+from normkit.factory import NORMS, create
+from normkit.tools.build import KINDS, Make, adopt, make, tensor_like
+from normkit.tools.fuse import fuse_epilogues
+from normkit.tools.model import (
     Forward,
     Only,
     ToolError,
@@ -25,8 +25,8 @@ from .model import (
     taken,
     undone_on_failure,
 )
-from .norms import Norm, is_norm, read
-from .table import Report
+from normkit.tools.norms import Norm, is_norm, read
+from normkit.tools.table import Report
 
 
 @dataclass

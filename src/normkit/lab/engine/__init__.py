@@ -6,9 +6,9 @@ Each engine yields the same reports: those of a run in their order, the same num
 from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
-from normkit.lab.config import Config
-from normkit.lab.data import Data
-from normkit.lab.train import Report, Task
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data
+from normkit.lab.training.train import Report, Task
 
 Again = Callable[[Task], Task]
 """Sets a run that was cut off back to its last checkpoint, and returns the task from there."""

@@ -9,14 +9,14 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-from normkit.lab.config import Config
-from normkit.lab.data import Data
+from normkit.common.errors import LabError
+from normkit.common.user_code import fingerprint, is_reference, sources
 from normkit.lab.engine import Again
 from normkit.lab.engine.work import work
-from normkit.lab.errors import LabError
-from normkit.lab.store import versions
-from normkit.lab.train import Report, Task
-from normkit.lab.user import fingerprint, is_reference, sources
+from normkit.lab.results.store import versions
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data
+from normkit.lab.training.train import Report, Task
 
 # A worker trains on while so many of its reports wait for this process, then it waits too.
 _AHEAD = 8

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from normkit.lab.config import Config
-from normkit.lab.data import Data, load_data
+from normkit.common.errors import LabError
 from normkit.lab.engine import Again
 from normkit.lab.engine.work import work
-from normkit.lab.errors import LabError
-from normkit.lab.train import Report, Task
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data, load_data
+from normkit.lab.training.train import Report, Task
 
 
 class Local:

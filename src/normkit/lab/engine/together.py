@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Generator, Sequence
 
-from normkit.lab import ranks
-from normkit.lab.data import Data
+from normkit.common.errors import LabError
 from normkit.lab.engine import Again
 from normkit.lab.engine.work import work
-from normkit.lab.errors import LabError
-from normkit.lab.train import Report, Task
+from normkit.lab.training import ranks
+from normkit.lab.training.data import Data
+from normkit.lab.training.train import Report, Task
 
 
 class Together:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import torch
 
-from normkit.lab import ranks
-from normkit.lab.data import Data
-from normkit.lab.errors import LabError, UserCodeError
-from normkit.lab.train import Report, Task, train
-from normkit.lab.user import their_traceback
+from normkit.common.errors import LabError, UserCodeError
+from normkit.common.user_code import their_traceback
+from normkit.lab.training import ranks
+from normkit.lab.training.data import Data
+from normkit.lab.training.train import Report, Task, train
 
 
 def work(task: Task, data: Data) -> Iterator[Report]:

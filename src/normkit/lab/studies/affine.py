@@ -31,17 +31,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from normkit.lab.arms import Arm
-from normkit.lab.config import Config
-from normkit.lab.contrast import REACHED, Contrast, contrast, contrast_figures, reached_cells
-from normkit.lab.data import Data
-from normkit.lab.figures import Axis, lines, over_seeds
-from normkit.lab.measures import VALIDATION, percent, tested
-from normkit.lab.models import norms
-from normkit.lab.probe import Probe
-from normkit.lab.store import Run
+from normkit.lab.report.contrast import REACHED, Contrast, contrast, contrast_figures, reached_cells
+from normkit.lab.report.figures import Axis, lines, over_seeds
+from normkit.lab.results.measures import VALIDATION, percent, tested
+from normkit.lab.results.store import Run
+from normkit.lab.results.verdict import Verdict, estimate, headline
 from normkit.lab.study import Evidence, Figure, Findings, Study
-from normkit.lab.verdict import Verdict, estimate, headline
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data
+from normkit.lab.training.models import norms
+from normkit.lab.training.probe import Probe
 
 ARMS = (
     Arm("both", "scale and shift", norm="batch"),

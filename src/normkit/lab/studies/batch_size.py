@@ -31,16 +31,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.lab.arms import Arm, renorm_schedule
-from normkit.lab.config import Config
-from normkit.lab.data import Data
-from normkit.lab.figures import Axis, Interval, Line, intervals, panels
-from normkit.lab.measures import interval, paired, percent, points, tested
-from normkit.lab.models import norms
-from normkit.lab.probe import Probe
-from normkit.lab.store import Run
+from normkit.lab.report.figures import Axis, Interval, Line, intervals, panels
+from normkit.lab.results.measures import interval, paired, percent, points, tested
+from normkit.lab.results.store import Run
+from normkit.lab.results.verdict import Estimate, Verdict, estimate, headline, settled_by, word
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import Estimate, Verdict, estimate, headline, settled_by, word
+from normkit.lab.training.arms import Arm, renorm_schedule
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data
+from normkit.lab.training.models import norms
+from normkit.lab.training.probe import Probe
 
 SIZES = (2, 4, 8, 32, 128)
 LARGE = 32

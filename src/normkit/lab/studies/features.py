@@ -38,11 +38,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normkit.lab.arms import Arm
-from normkit.lab.config import Config
-from normkit.lab.data import Data, scaled
-from normkit.lab.figures import Axis, Interval, Mark, intervals, lines, maps, over_seeds
-from normkit.lab.measures import (
+from normkit.lab.report.figures import Axis, Interval, Mark, intervals, lines, maps, over_seeds
+from normkit.lab.results.measures import (
     VALIDATION,
     arrivals,
     count,
@@ -55,11 +52,22 @@ from normkit.lab.measures import (
     tested,
     times,
 )
-from normkit.lab.models import build, layers
-from normkit.lab.probe import Probe, hessian
-from normkit.lab.store import Run
+from normkit.lab.results.store import Run
+from normkit.lab.results.verdict import (
+    Verdict,
+    all_of,
+    compare,
+    estimate,
+    headline,
+    settled_by,
+    word,
+)
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import Verdict, all_of, compare, estimate, headline, settled_by, word
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data, scaled
+from normkit.lab.training.models import build, layers
+from normkit.lab.training.probe import Probe, hessian
 
 ARMS = (
     Arm("standardized", "standardized", options={"inputs": "standardized"}),

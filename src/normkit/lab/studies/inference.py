@@ -26,16 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.lab.arms import Arm
-from normkit.lab.config import Config
-from normkit.lab.data import Data
-from normkit.lab.figures import Axis, Line, lines, panels
-from normkit.lab.measures import interval, percent, points, said
-from normkit.lab.models import norms
-from normkit.lab.probe import Probe
-from normkit.lab.store import Run
+from normkit.lab.report.figures import Axis, Line, lines, panels
+from normkit.lab.results.measures import interval, percent, points, said
+from normkit.lab.results.store import Run
+from normkit.lab.results.verdict import Verdict, estimate, headline, negligible, settled_by, word
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import Verdict, estimate, headline, negligible, settled_by, word
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data
+from normkit.lab.training.models import norms
+from normkit.lab.training.probe import Probe
 from normkit.tools.recalibrate import recalibrate
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

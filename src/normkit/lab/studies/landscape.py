@@ -39,11 +39,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normkit.lab.arms import Arm
-from normkit.lab.config import Config
-from normkit.lab.data import Data
-from normkit.lab.figures import ACCURACY, Axis, Interval, Line, intervals, lines, over_seeds, panels
-from normkit.lab.measures import (
+from normkit.lab.report.figures import (
+    ACCURACY,
+    Axis,
+    Interval,
+    Line,
+    intervals,
+    lines,
+    over_seeds,
+    panels,
+)
+from normkit.lab.results.measures import (
     VALIDATION,
     arrivals,
     exponential,
@@ -56,11 +62,22 @@ from normkit.lab.measures import (
     tested,
     times,
 )
-from normkit.lab.models import build, layers
-from normkit.lab.probe import Probe, untouched
-from normkit.lab.store import Run
+from normkit.lab.results.store import Run
+from normkit.lab.results.verdict import (
+    Estimate,
+    Verdict,
+    all_of,
+    estimate,
+    headline,
+    settled_by,
+    word,
+)
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import Estimate, Verdict, all_of, estimate, headline, settled_by, word
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data
+from normkit.lab.training.models import build, layers
+from normkit.lab.training.probe import Probe, untouched
 
 ARMS = (
     Arm("none", "no norm"),

@@ -36,16 +36,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from normkit.lab.arms import Arm
-from normkit.lab.config import Config
-from normkit.lab.data import Data
-from normkit.lab.figures import Axis, Interval, Line, intervals, panels, short
-from normkit.lab.measures import final, percent, said, tested
-from normkit.lab.probe import Probe
-from normkit.lab.store import Run
-from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.train import score
-from normkit.lab.verdict import (
+from normkit.lab.report.figures import Axis, Interval, Line, intervals, panels, short
+from normkit.lab.results.measures import final, percent, said, tested
+from normkit.lab.results.store import Run
+from normkit.lab.results.verdict import (
     Comparison,
     Estimate,
     Verdict,
@@ -58,6 +52,12 @@ from normkit.lab.verdict import (
     settling,
     word,
 )
+from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data
+from normkit.lab.training.probe import Probe
+from normkit.lab.training.train import score
 
 FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SMALL = 8

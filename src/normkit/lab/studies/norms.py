@@ -22,12 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.lab.arms import Arm, renorm_schedule
-from normkit.lab.config import Config
-from normkit.lab.data import Data
-from normkit.lab.errors import LabError
-from normkit.lab.figures import Axis, Interval, intervals, lines, over_seeds
-from normkit.lab.measures import (
+from normkit.common.errors import LabError
+from normkit.lab.report.figures import Axis, Interval, intervals, lines, over_seeds
+from normkit.lab.results.measures import (
     VALIDATION,
     arrivals,
     count,
@@ -39,11 +36,14 @@ from normkit.lab.measures import (
     target_of,
     tested,
 )
-from normkit.lab.models import check
-from normkit.lab.probe import Probe
-from normkit.lab.store import Run
+from normkit.lab.results.store import Run
+from normkit.lab.results.verdict import Verdict, compare, estimate, headline, settled_by
 from normkit.lab.study import Evidence, Figure, Findings, Study
-from normkit.lab.verdict import Verdict, compare, estimate, headline, settled_by
+from normkit.lab.training.arms import Arm, renorm_schedule
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data
+from normkit.lab.training.models import check
+from normkit.lab.training.probe import Probe
 
 ARMS = (
     Arm("none", "no norm"),

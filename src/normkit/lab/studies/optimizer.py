@@ -37,12 +37,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from normkit.lab.arms import Arm
-from normkit.lab.config import OPTIMIZERS, Config
-from normkit.lab.contrast import STEPS_MARGIN
-from normkit.lab.data import Data
-from normkit.lab.figures import ACCURACY, Axis, Interval, Line, intervals, over_seeds, panels, short
-from normkit.lab.measures import (
+from normkit.lab.report.contrast import STEPS_MARGIN
+from normkit.lab.report.figures import (
+    ACCURACY,
+    Axis,
+    Interval,
+    Line,
+    intervals,
+    over_seeds,
+    panels,
+    short,
+)
+from normkit.lab.results.measures import (
     VALIDATION,
     arrivals,
     count,
@@ -54,10 +60,8 @@ from normkit.lab.measures import (
     tested,
     times,
 )
-from normkit.lab.probe import Probe, hessian
-from normkit.lab.store import Run
-from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import (
+from normkit.lab.results.store import Run
+from normkit.lab.results.verdict import (
     Comparison,
     Estimate,
     Verdict,
@@ -70,6 +74,11 @@ from normkit.lab.verdict import (
     settling,
     word,
 )
+from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.config import OPTIMIZERS, Config
+from normkit.lab.training.data import Data
+from normkit.lab.training.probe import Probe, hessian
 
 NAMES = {"sgd": "SGD", "momentum": "momentum", "rmsprop": "RMSProp", "adam": "Adam"}
 NETWORKS = {"none": "no norm", "batch": "batch norm"}

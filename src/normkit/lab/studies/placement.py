@@ -32,21 +32,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.lab.arms import Arm
-from normkit.lab.config import Config
-from normkit.lab.contrast import REACHED, Contrast, contrast, contrast_figures, reached_cells
-from normkit.lab.data import Data
-from normkit.lab.figures import ACCURACY, Axis, Line, over_seeds, panels
-from normkit.lab.measures import (
-    VALIDATION,
-    percent,
-    tested,
-)
-from normkit.lab.models import layers
-from normkit.lab.probe import Probe
-from normkit.lab.store import Run
+from normkit.lab.report.contrast import REACHED, Contrast, contrast, contrast_figures, reached_cells
+from normkit.lab.report.figures import ACCURACY, Axis, Line, over_seeds, panels
+from normkit.lab.results.measures import VALIDATION, percent, tested
+from normkit.lab.results.store import Run
+from normkit.lab.results.verdict import Verdict, estimate, headline
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
-from normkit.lab.verdict import Verdict, estimate, headline
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data
+from normkit.lab.training.models import layers
+from normkit.lab.training.probe import Probe
 
 LABELS = {"sigmoid": "sigmoid", "tanh": "tanh", "relu": "ReLU"}
 PLACES = {"before": 1, "after": 5}

@@ -30,12 +30,9 @@ docs/lab.md):
 import math
 from collections.abc import Mapping, Sequence
 
-from normkit.lab import distributions
-from normkit.lab.arms import Arm
-from normkit.lab.config import Config
-from normkit.lab.data import Data
-from normkit.lab.figures import Axis, Line, Mark, kept, lines, over_seeds, panels, short
-from normkit.lab.measures import (
+from normkit.lab.report import distributions
+from normkit.lab.report.figures import Axis, Line, Mark, kept, lines, over_seeds, panels, short
+from normkit.lab.results.measures import (
     VALIDATION,
     arrivals,
     count,
@@ -49,9 +46,12 @@ from normkit.lab.measures import (
     tested,
     times,
 )
-from normkit.lab.store import Run
+from normkit.lab.results.store import Run
+from normkit.lab.results.verdict import Estimate, Verdict, all_of, estimate, headline, word
 from normkit.lab.study import Evidence, Figure, Findings, Study
-from normkit.lab.verdict import Estimate, Verdict, all_of, estimate, headline, word
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data
 
 ARMS = (
     Arm("none", "no norm"),

@@ -1,0 +1,264 @@
+"""The command `normkit`: tools on models, studies on data, what this installation can do."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+_LAB_NEEDS = {
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "rich": "rich",
+    "plotly": "plotly",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, 1 for unusable input, 2 for bad options, 130 on Ctrl-C."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "info":
+        import normkit
+
+        print(normkit.info())
+        return 0
+    if options.command == "bench":
+        from normkit.bench import run
+
+        return run.main(options.out, options.only, options.seconds, not options.no_compile)
+    if options.command == "study":
+        return _study(options)
+    if options.command is not None:
+        from normkit.cli.tools import main as tool
+
+        return tool(options)
+    parser.print_help()
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """The standard parser, which names the nearest option or choice when one is unknown."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        found, extra = self.parse_known_args(args, namespace)
+        if extra:
+            known = [flag for flag in _flags(self, found) if flag.startswith("--")]
+            near = difflib.get_close_matches(extra[0].split("=")[0], known, n=1, cutoff=0.5)
+            guess = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unknown option {extra[0]!r}{guess}")
+        return found
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = sorted(map(str, action.choices))
+            near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            raise argparse.ArgumentError(
+                action, f"unknown {value!r}{guess} (known: {', '.join(known)})"
+            )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"normkit: error: {message}\nSee {self.prog} --help.\n")
+
+
+def _flags(parser: argparse.ArgumentParser, found: argparse.Namespace) -> list[str]:
+    flags: list[str] = []
+    for action in parser._actions:
+        flags += action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            chosen = action.choices.get(str(getattr(found, "command", None)))
+            flags += _flags(chosen, found) if chosen else []
+    return flags
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="normkit", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("info", help="which backends this installation has, and why not others")
+    bench = commands.add_parser(
+        "bench",
+        help="time the layers against torch's and the memory floor",
+        description="Time the layers against torch's own, torch.compile and a plain copy, "
+        "interleaved in one process. Run it alone on the machine.",
+        allow_abbrev=False,
+    )
+    bench.add_argument("--only", metavar="TEXT", help="cases whose name holds this, as 'GN(8) 32x'")
+    bench.add_argument(
+        "--seconds", type=float, default=0.15, metavar="S", help="time for a case (default: 0.15)"
+    )
+    bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="write the results there, as JSON")
+    study = commands.add_parser(
+        "study",
+        help="test a published claim about normalization on your data",
+        description="Test a published claim about normalization on your data. The same command "
+        "again goes on where it was stopped.",
+        allow_abbrev=False,
+    )
+    study.add_argument("study", nargs="?", help="which study, or all; see --list")
+    study.add_argument("--list", action="store_true", help="show the studies")
+    study.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of these options")
+    study.add_argument(
+        "--budget", metavar="TIME", help="with all: do what fits into this time, as 20m or 1h30m"
+    )
+    study.add_argument("--json", action="store_true", help="one JSON object a line, for machines")
+    add = study.add_argument
+    add("--data", help="digits, wine, breast-cancer, fashion-mnist, file.npz or module:function")
+    add("--data-root", metavar="DIR", help="where the data files are")
+    add("--model", help="mlp, cnn, resnet or package.module:function")
+    add("--activation", help="sigmoid, tanh or relu")
+    add("--inputs", help="standardized, raw, min-max or whitened (default: standardized)")
+    add("--placement", help="norms before or after the activation (default: before)")
+    add("--arms", help="the arms to run, comma-separated, as in a shell: '*-2,*-32' (default: all)")
+    add("--seeds", type=int, metavar="N", help="seeds to pair the arms by (default: 6)")
+    add("--steps", type=int, metavar="N", help="training steps of each run")
+    add("--batch-size", type=int, metavar="N", help="samples to a batch (default: 60)")
+    add("--lr", type=float, metavar="RATE", help="the rate that the arms multiply")
+    add("--optimizer", help="sgd, momentum, rmsprop or adam (default: sgd)")
+    add("--eval-every", type=int, metavar="N", help="steps between evaluations")
+    add("--device", help="a torch device (default: cpu)")
+    add("--threads", type=int, metavar="N", help="torch threads of each job (default: 1)")
+    add("--jobs", type=int, metavar="N", help="runs at a time (default: the number of cores)")
+    add("--engine", help="local processes, or ray: a Ray cluster (default: local)")
+    add("--ray-address", metavar="HOST:PORT", help="the cluster (default: the one found here)")
+    add("--stats", help="under torchrun: norms sync over all ranks, or local to each")
+    add("--out", metavar="DIR", help="the folder of the results (default: under runs/)")
+    add(
+        "--tensorboard",
+        action="store_true",
+        default=None,
+        help="write event files for TensorBoard as well, into the folder of the results",
+    )
+    _add_tools(commands)
+    return parser
+
+
+def _add_tools(commands: Any) -> None:
+    def tool(name: str, help: str, data: str) -> Callable[..., Any]:
+        parser = commands.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}. docs/tools.md says how.",
+            allow_abbrev=False,
+        )
+        parser.add_argument(
+            "setup",
+            metavar="module:function",
+            help="a function without arguments that returns the model, or a dictionary of "
+            f"normkit.{name}'s arguments: model, {data}, ...",
+        )
+        parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+        return parser.add_argument
+
+    out = "write the model's state_dict there, by torch.save"
+    only = "names of layers, as in a shell: 'layer1.*'"
+    add = tool("recalibrate", "replace running averages by exact statistics", "loader")
+    add("--sequential", action="store_true", default=None, help="a pass for each layer")
+    add("--tolerance", type=float, metavar="T", help="stop at this standard error of the means")
+    add("--only", metavar="PATTERN", help=only)
+    add("--out", type=Path, metavar="FILE", help=out)
+
+    add = tool("swap", "replace the norms of a model, keeping weights and all else", "example")
+    add(
+        "--to",
+        help="batch, ghost:32, renorm, frozen, sync, instance, group, group:8, layer, rms, none, "
+        "another name of normkit.create (default: normkit's layer of the same kind)",
+    )
+    add("--only", metavar="PATTERN", help=only)
+    add("--groups", type=int, metavar="N", help="at most so many groups (default: 32)")
+    add("--fuse", action="store_true", default=None, help="fuse activations and sums, by torch.fx")
+    add("--out", type=Path, metavar="FILE", help=out)
+
+    add = tool("fold", "fold the norms of evaluation into the layers beside them", "example")
+    add("--only", metavar="PATTERN", help=only)
+    add("--tolerance", type=float, metavar="T", help="largest error over largest output")
+    add("--out", type=Path, metavar="FILE", help=out)
+
+    add = tool(
+        "inspect",
+        "find faults of normalization in a model and its data; exit status 1 "
+        "if there are any, 2 for unusable input",
+        "loader",
+    )
+    add("--batches", type=int, metavar="N", help="look at so many batches (default: 8)")
+    add("--ignore", type=lambda codes: codes.split(","), metavar="CODES", help="as NK05,NK10")
+    add("--fix", action="store_true", default=None, help="mend what can be mended safely")
+    add("--html", type=Path, metavar="FILE", help="write a page with every layer's data")
+    add("--out", type=Path, metavar="FILE", help=out)
+
+
+def _study(options: argparse.Namespace) -> int:
+    missing = [name for name in _LAB_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(_LAB_NEEDS[name] for name in missing)
+        print(
+            f"normkit: error: studies need {names}, not installed here; "
+            "pip install 'normkit[lab]' brings them",
+            file=sys.stderr,
+        )
+        return 1
+    from normkit.common.errors import LabError
+    from normkit.lab.engine.together import dismiss, follow
+    from normkit.lab.training import ranks
+
+    if ranks.rank() > 0:
+        return follow()
+    try:
+        _run(options)
+        dismiss()
+        return 0
+    except LabError as error:
+        print(f"normkit: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "\nnormkit: stopped; what was trained is kept, the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _run(options: argparse.Namespace) -> None:
+    from normkit.common.errors import LabError, unknown
+    from normkit.lab.plan import run_all, seconds
+    from normkit.lab.report.progress import progress_for
+    from normkit.lab.run import run_study
+    from normkit.lab.studies import all_studies
+    from normkit.lab.training.config import Config, read_toml
+
+    studies = all_studies()
+    if options.list:
+        for study in studies.values():
+            print(f"{study.name}: {study.claim}\n    {study.source}")
+        return
+    if options.study is None:
+        raise LabError(f"no study named; all, or one of: {', '.join(studies)}")
+    if options.study not in ("all", *studies):
+        raise unknown("study", options.study, ["all", *studies])
+    if options.budget is not None and options.study != "all":
+        raise LabError("--budget is for `normkit study all`, which chooses the studies that fit")
+    values = read_toml(options.config) if options.config else {}
+    for field in dataclasses.fields(Config):
+        given = getattr(options, field.name, None)
+        if given is not None:
+            values[field.name] = given
+    given = Config(**values)
+    progress = progress_for(options.json)
+    if options.study == "all":
+        budget = None if options.budget is None else seconds(options.budget)
+        if not options.json:
+            tail = [] if options.budget is None else ["--budget", options.budget]
+            print(shlex.join(given.resolved("all").command("all") + tail), flush=True)
+        run_all(studies, given, budget, progress)
+        return
+    study = studies[options.study]
+    config = given.resolved(study.name, study.length)
+    if not options.json:
+        print(shlex.join(config.command(study.name)), flush=True)
+    run_study(study, given, progress)

@@ -1,0 +1,1 @@
+"""What a normalization computes: which elements share statistics, the affine, the checks."""

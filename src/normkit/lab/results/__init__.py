@@ -1,0 +1,1 @@
+"""What runs reported: the store, the measures taken from it, the verdicts."""

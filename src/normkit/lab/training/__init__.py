@@ -1,0 +1,1 @@
+"""One run: its configuration, arm, data, model and training loop."""

@@ -1,0 +1,85 @@
+"""Look at a network in the middle of its training, and leave no trace of having looked."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from normkit.lab.training.arms import Arm
+from normkit.lab.training.batches import Batches
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import Data
+from normkit.tools.model import preserved
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a study's `probe` and `finish` are given: a run as it stands after `step` steps.
+
+    `batches[step]` is the batch of the step that comes next. The optimizer's rate is
+    `optimizer.param_groups[0]["lr"]`. The model is in training mode. All of it may be used and
+    changed: it is put back.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    step: int
+    data: Data
+    config: Config
+    arm: Arm
+    seed: int
+
+
+Seen = TypeVar("Seen")
+
+
+def look(probe: Callable[[Probe], Seen], at: Probe) -> Seen:
+    """Return what `probe` sees; the model, the optimizer and the random state stay as they were."""
+    with untouched(at.model, at.optimizer):
+        at.model.train()
+        return probe(at)
+
+
+@contextmanager
+def untouched(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Put model, optimizer and random state back at the end, also after an exception.
+
+    Weights, buffers, gradients, hooks, the mode of each module, the optimizer's state and rates.
+    """
+    state = {key: copy.deepcopy(value) for key, value in optimizer.state.items()}
+    groups = [dict(group) for group in optimizer.param_groups]
+    with preserved(model):
+        try:
+            yield
+        finally:
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.clear()
+                group.update(before)
+
+
+def flat(tensors: Any) -> torch.Tensor:
+    """Return all values of the tensors in one vector, zeros for a gradient that is None."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def hessian(
+    loss: torch.Tensor, weights: Sequence[torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the product of a loss's Hessian in all `weights` with a vector, v -> H v.
+
+    Source: Pearlmutter 1994, Fast Exact Multiplication by the Hessian.
+    """
+    gradient = torch.autograd.grad(loss, weights, create_graph=True)
+    slope = torch.cat([part.flatten() for part in gradient])
+
+    def product(vector: torch.Tensor) -> torch.Tensor:
+        return flat(torch.autograd.grad(slope, weights, vector, retain_graph=True))
+
+    return product

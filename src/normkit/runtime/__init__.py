@@ -1,0 +1,1 @@
+"""What happens around a kernel: autograd, running statistics, ranks, recomputation."""
