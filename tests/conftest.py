@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -44,3 +46,11 @@ def each_backend(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def compiled_code_is_forgotten():
+    """Dynamo counts compilations of a function, whoever asks, and refuses the ninth."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -202,11 +202,11 @@ def test_large_outputs_are_written_whole(shape, layout, dtype):
     close = (
         {"rtol": 0.01, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
     )
-    (y, mean, rstd, _), expected = cpu.normalize(spec, inputs), reference.normalize(spec, wide)
-    torch.testing.assert_close(y.double(), expected[0], **close)
+    (y, mean, rstd, *_), expected = cpu.normalize(spec, inputs), reference.normalize(spec, wide)
+    torch.testing.assert_close(y.double(), expected.y, **close)
     # By the output of the core's own, whose sign may differ from the wide one's at zero.
     own = inputs._replace(residual=None, output=y, mean=mean, rstd=rstd)
-    theirs = wide._replace(residual=None, output=y.double(), mean=expected[1], rstd=expected[2])
+    theirs = wide._replace(residual=None, output=y.double(), mean=expected.mean, rstd=expected.rstd)
     found = cpu.normalize_backward(spec, own, dy)
     expected = reference.normalize_backward(spec, theirs, dy.double())
     for one, other in zip(found, expected, strict=True):
@@ -477,19 +477,19 @@ def test_the_split_verbs_are_the_fused_ones_to_the_bit_and_the_definition(
     spec = Spec(BATCH, 1e-5, True, act)
     given = dataclasses.replace(spec, given=True)
     inputs = Inputs(x, weight, bias, residual, mask)
-    y, mean, rstd, _ = cpu.normalize(spec, inputs)
+    y, mean, rstd, *_ = cpu.normalize(spec, inputs)
     n, *merged = cpu.moments(spec, inputs)
-    again, *statistics = cpu.normalize(given, inputs._replace(mean=merged[0], var=merged[1]))
-    assert torch.equal(again, y)
-    assert torch.equal(statistics[0], mean)
-    assert torch.equal(statistics[1], rstd)
+    again = cpu.normalize(given, inputs._replace(mean=merged[0], var=merged[1]))
+    assert torch.equal(again.y, y)
+    assert torch.equal(again.mean, mean)
+    assert torch.equal(again.rstd, rstd)
     saved = inputs._replace(mean=mean, rstd=rstd)
     fused = cpu.normalize_backward(spec, saved, dy)
     sums, *parameters = cpu.sums(given, saved, dy)
     split = cpu.gradient(given, saved, dy, sums / n.clamp(min=1))
     # A channel of short runs is summed before it is weighted here, after it there.
     rounding = 1e-12 if dtype == torch.float64 else 0
-    for one, other in zip(fused, (split[0], *parameters, split[1]), strict=True):
+    for one, other in zip(fused, (split.x, *parameters, split.residual), strict=True):
         torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
     torch.testing.assert_close(
         torch.stack([n, *merged]), reference.moments(spec, inputs), rtol=1e-5, atol=1e-5
@@ -498,7 +498,8 @@ def test_the_split_verbs_are_the_fused_ones_to_the_bit_and_the_definition(
     scale = expected.abs().amax() if x.numel() else 1.0
     torch.testing.assert_close(sums / scale, expected / scale, rtol=0, atol=1e-5)
     means = sums / n.clamp(min=1)
-    for one, other in zip(split, reference.gradient(given, saved, dy, means), strict=True):
+    expected = reference.gradient(given, saved, dy, means)
+    for one, other in ((split.x, expected.x), (split.residual, expected.residual)):
         torch.testing.assert_close(
             one, other, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4
         )

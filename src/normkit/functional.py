@@ -26,6 +26,7 @@ import torch.fx
 from torch import Tensor
 
 from normkit.backend import aten
+from normkit.backend.protocol import Normalized
 from normkit.formula.affine import NO_AFFINE, Affine
 from normkit.formula.checks import (
     check_batch,
@@ -292,12 +293,12 @@ def instance_norm(
     spec = Spec(INSTANCE, eps, True, act, conditional=affine.conditional)
     inputs = Inputs(input, affine.weight, affine.bias, residual, mask)
     if running_mean is None or running_var is None:
-        return _normalize(spec, inputs)[0]
-    y, mean, _, var = _normalize(spec, inputs, tracked=True)
-    batch = statistics.moments(INSTANCE, input, mask, mean, var)
+        return _normalize(spec, inputs).y
+    outputs = _normalize(spec, inputs, tracked=True)
+    batch = statistics.moments(INSTANCE, input, mask, outputs)
     running = Running(running_mean, running_var, None, momentum)
     statistics.track(running, batch, mask is not None)
-    return y
+    return outputs.y
 
 
 def group_norm(
@@ -333,7 +334,7 @@ def group_norm(
         residual = _autocast("group_norm", residual)
     input = _autocast("group_norm", input)
     spec = Spec(group(num_groups), eps, True, act, conditional=affine.conditional)
-    return _normalize(spec, Inputs(input, affine.weight, affine.bias, residual, mask))[0]
+    return _normalize(spec, Inputs(input, affine.weight, affine.bias, residual, mask)).y
 
 
 def layer_norm(
@@ -452,10 +453,10 @@ def _row_norm(
     if add is not None and wide is not input:
         total = input + add
         inputs = Inputs(_autocast(name, total), affine.weight, affine.bias, None, mask)
-        return _normalize(spec, inputs)[0], total
+        return _normalize(spec, inputs).y, total
     inputs = Inputs(wide, affine.weight, affine.bias, None, mask, add)
-    results = _normalize(spec, inputs)
-    return results[0] if add is None else (results[0], results[-1])
+    outputs = _normalize(spec, inputs)
+    return outputs.y if outputs.total is None else (outputs.y, outputs.total)
 
 
 def _ghosts(samples: int, size: int) -> list[tuple[int, int]]:
@@ -520,8 +521,8 @@ def _by_batch(
     """y by the input's own statistics, and these."""
     spec = Spec(pool, eps, True, act, conditional=affine.conditional)
     inputs = Inputs(x, affine.weight, affine.bias, residual, mask)
-    y, mean, _, var = _normalize(spec, inputs, tracked=True)
-    return y, statistics.moments(pool, x, mask, mean, var)
+    outputs = _normalize(spec, inputs, tracked=True)
+    return outputs.y, statistics.moments(pool, x, mask, outputs)
 
 
 def _of_several(merge: Merge | None) -> Merge | None:
@@ -602,7 +603,7 @@ def _by_running(
             lambda: statistics.given(running_mean, running_var), moves=False
         )
     inputs = Inputs(input, affine.weight, affine.bias, residual, mask, None, mean, var)
-    return _normalize(spec, inputs)[0]
+    return _normalize(spec, inputs).y
 
 
 def _opened(step: Tensor, steps: tuple[int, int]) -> Tensor:
@@ -611,7 +612,7 @@ def _opened(step: Tensor, steps: tuple[int, int]) -> Tensor:
     return torch.where(step >= last, 1.0, (step - first) / max(last - first, 1)).clamp(0, 1)
 
 
-def _normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor, ...]:
+def _normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> Normalized:
     _check_elements(inputs.x, inputs.mask, inputs.residual)
     return autograd.normalize(spec, inputs, tracked)
 

@@ -1,10 +1,8 @@
 """The backends and the choice among them.
 
-A backend is a module with `available()`, `why_not(spec, inputs)`, `normalize(spec, inputs)`, its
-first result by itself, `output(spec, inputs)`, and `normalize_backward(spec, inputs, dy, dtotal)`:
-functions that return tensors and mutate nothing. `dense(spec, inputs)` makes the copies that these
-need, once for both. Autograd, running statistics and ranks live above this seam, once; `cpu.move`
-alone writes, since running averages moved by torch's operators cost more than a small norm.
+`protocol.Backend` says what a backend is: functions that return tensors and mutate nothing.
+Autograd, running statistics and ranks live above this seam, once; `cpu.move` alone writes, since
+running averages moved by torch's operators cost more than a small norm.
 """
 
 from __future__ import annotations
@@ -13,16 +11,16 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 from normkit.backend import cpu, reference, triton
+from normkit.backend.protocol import Backend
 from normkit.formula.spec import Inputs, Spec
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "reference": reference}
 """In the order of preference; reference, the last, takes every call."""
 
 
-def choose(spec: Spec, inputs: Inputs) -> ModuleType:
+def choose(spec: Spec, inputs: Inputs) -> Backend:
     """The first backend that takes this call."""
     for calls in _watching:
         calls.append((spec, inputs))
@@ -52,9 +50,9 @@ def reasons(spec: Spec, inputs: Inputs) -> list[str]:
     ]
 
 
-def name_of(module: ModuleType) -> str:
+def name_of(backend: Backend) -> str:
     """The name under which a backend is known."""
-    return next(name for name, known in BACKENDS.items() if known is module)
+    return next(name for name, known in BACKENDS.items() if known is backend)
 
 
 _CORE = cpu.available() is None

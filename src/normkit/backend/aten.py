@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normkit.backend import reference
+from normkit.backend.protocol import Normalized
 from normkit.formula.spec import Inputs, Spec
 
 
@@ -19,7 +20,7 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
+def normalize(spec: Spec, inputs: Inputs) -> Normalized:
     """As `reference.normalize`, without the statistics; masks and batch pools stay with it."""
     pool, x = spec.pool, inputs.x
     if inputs.mask is not None or pool.summed == "ns":
@@ -39,8 +40,7 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
             y = F.rms_norm(rows, shape, weight, spec.eps)
             y = y if bias is None else y + bias
         y = y if pool.trailing else y.movedim(-1, 1)
-    none = x.new_empty(0)
-    return _epilogue(spec, inputs, y), none, none, none
+    return Normalized(_epilogue(spec, inputs, y))
 
 
 def by_running(spec: Spec, inputs: Inputs, running_mean: Tensor, running_var: Tensor) -> Tensor:

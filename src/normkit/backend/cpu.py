@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkit.backend.layout import DTYPES, contiguous, dense, dense_mask, like
+from normkit.backend.layout import dense_inputs as dense_inputs
+from normkit.backend.protocol import Gradients, Normalized, Sums
 from normkit.formula.spec import ACTS, Inputs, Spec, compute_dtype
 
 DEVICE = "cpu"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SUMMED = {"ns": 0, "s": 1, "ks": 2, "k": 3}
 _ACTS = {act: code for code, act in enumerate((None, *ACTS))}
 
@@ -56,35 +58,28 @@ def why_not(spec: Spec, inputs: Inputs) -> str | None:
     return None
 
 
-def dense(spec: Spec, inputs: Inputs) -> Inputs:
-    """As `reference.dense`."""
-    x = _dense(spec, inputs.x)
-    if x is inputs.x and inputs.residual is None and inputs.add is None:
-        return inputs
-    return inputs._replace(x=x, residual=_like(inputs.residual, x), add=_like(inputs.add, x))
-
-
-def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
-    """As `reference.normalize`; the mean is float64, so that it keeps what float32 would drop."""
+def normalize(spec: Spec, inputs: Inputs) -> Normalized:
+    """The mean is float64, so that it keeps what float32 would drop."""
     if inputs.add is None:
-        return torch.ops.normkit.normalize.default(*_forward_arguments(spec, inputs))
+        return Normalized(*torch.ops.normkit.normalize.default(*_forward_arguments(spec, inputs)))
     x, weight, bias, _, mask, _, _, *constants = _forward_arguments(spec, inputs)
-    return torch.ops.normkit.add_normalize.default(
-        x, _like(inputs.add, x), weight, bias, mask, *constants
+    return Normalized(
+        *torch.ops.normkit.add_normalize.default(
+            x, like(inputs.add, x), weight, bias, mask, *constants
+        )
     )
 
 
 def output(spec: Spec, inputs: Inputs) -> Tensor:
-    """As `reference.output`."""
     return torch.ops.normkit.output.default(*_forward_arguments(spec, inputs))
 
 
 def _forward_arguments(spec: Spec, inputs: Inputs) -> tuple[Any, ...]:
     x, weight, bias, residual, mask, _, mean, var, *_ = inputs
-    x = _dense(spec, x)
+    x = dense(spec, x)
     return (
-        *(x, _contiguous(weight), _contiguous(bias), _like(residual, x), _dense_mask(mask, x)),
-        *(_contiguous(mean), _contiguous(var), *_constants(spec)),
+        *(x, contiguous(weight), contiguous(bias), like(residual, x), dense_mask(mask, x)),
+        *(contiguous(mean), contiguous(var), *_constants(spec)),
     )
 
 
@@ -111,63 +106,59 @@ def move(
 
 
 def moments(spec: Spec, inputs: Inputs) -> Tensor:
-    """As `reference.moments`."""
-    x = _dense(spec, inputs.x)
-    return torch.ops.normkit.moments.default(x, _dense_mask(inputs.mask, x), *_constants(spec))
+    x = dense(spec, inputs.x)
+    return torch.ops.normkit.moments.default(x, dense_mask(inputs.mask, x), *_constants(spec))
 
 
 def normalize_backward(
     spec: Spec, inputs: Inputs, dy: Tensor, dtotal: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """As `reference.normalize_backward`."""
+) -> Gradients:
     return _backward(spec, inputs, dy, None, dtotal)
 
 
-def sums(spec: Spec, inputs: Inputs, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `reference.sums`, of batch norm."""
+def sums(spec: Spec, inputs: Inputs, dy: Tensor) -> Sums:
+    """Of batch norm alone."""
     weight, bias = inputs.weight, inputs.bias
     of_dz = torch.ops.normkit.sums.default(
-        *_backward_tensors(_dense(spec, inputs.x), inputs, dy), *_constants(spec)
+        *_backward_tensors(dense(spec, inputs.x), inputs, dy), *_constants(spec)
     )
-    return (
+    return Sums(
         of_dz if weight is None else of_dz * weight,
         None if weight is None else of_dz[1].to(weight.dtype),
         None if bias is None else of_dz[0].to(bias.dtype),
     )
 
 
-def gradient(spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor) -> tuple[Tensor, Tensor | None]:
-    """As `reference.gradient`."""
-    dx, _, _, dz = _backward(spec, inputs, dy, means, None)
-    return dx, dz
+def gradient(spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor) -> Gradients:
+    return _backward(spec, inputs, dy, means, None)
 
 
 def _backward(
     spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor | None, dtotal: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    x, mask = _dense(spec, inputs.x), inputs.mask
+) -> Gradients:
+    x, mask = dense(spec, inputs.x), inputs.mask
     dx, dweight, dbias, dz = torch.ops.normkit.normalize_backward.default(
         *_backward_tensors(x, inputs, dy),
         *((None, None) if means is None else means.unbind()),
-        _like(dtotal, x),
+        like(dtotal, x),
         *_constants(spec),
         spec.given,
         inputs.residual is not None or inputs.output is not None,
     )
     if dz is None:
         dz = dy if mask is None else torch.where(mask, dy, 0)
-    return dx, dweight, dbias, dz
+    return Gradients(dx, dweight, dbias, dz)
 
 
 def _backward_tensors(x: Tensor, inputs: Inputs, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (
-        _like(dy, x),
+        like(dy, x),
         x,
-        _contiguous(inputs.weight),
-        _contiguous(inputs.bias),
-        _like(inputs.residual, x),
-        _like(inputs.output, x),
-        _dense_mask(inputs.mask, x),
+        contiguous(inputs.weight),
+        contiguous(inputs.bias),
+        like(inputs.residual, x),
+        like(inputs.output, x),
+        dense_mask(inputs.mask, x),
         inputs.mean,
         inputs.rstd,
     )
@@ -178,31 +169,6 @@ def _constants(spec: Spec) -> tuple[int, int, int, float, bool, int]:
     act = _ACTS[spec.act]
     groups = pool.ghosts if pool.summed == "ns" else pool.groups
     return _SUMMED[pool.summed], groups or 0, pool.trailing, spec.eps, spec.center, act
-
-
-def _dense(spec: Spec, x: Tensor) -> Tensor:
-    """x in one of the layouts that the kernels know, copied once where it is in another."""
-    if x.is_contiguous() or (not spec.pool.trailing and x.movedim(1, -1).is_contiguous()):
-        return x
-    return x.contiguous()
-
-
-def _like(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """t in x's layout, which is contiguous or has its channels last."""
-    if t is None or t.stride() == x.stride():
-        return t
-    if x.is_contiguous():
-        return t.contiguous()
-    return t.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _dense_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask in full, in x's layout."""
-    return None if mask is None else torch.empty_like(x, dtype=torch.bool).copy_(mask)
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def _register_shapes() -> None:
@@ -241,8 +207,8 @@ def _register_shapes() -> None:
         return (*forward(x, *constants[:3]), torch.empty_like(x))
 
     @torch.library.register_fake("normkit::normalize_backward")
-    def _(dy, x, weight, bias, residual, output, mask, mean, rstd, flat, *others):  # type: ignore[no-untyped-def]
-        like, wants = torch.empty_like, flat is None
+    def _(dy, x, weight, bias, residual, output, mask, mean, rstd, mean_g, *others):  # type: ignore[no-untyped-def]
+        like, wants = torch.empty_like, mean_g is None
         return (
             like(x),
             like(weight) if wants and weight is not None else None,

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from normkit.backend.protocol import Gradients, Normalized, Sums
 from normkit.formula.spec import Inputs, Spec, compute_dtype
 
+DEVICE = None
 LEAKY_SLOPE = 0.01
 
 
@@ -34,32 +36,28 @@ def wide(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype))
 
 
-def dense(spec: Spec, inputs: Inputs) -> Inputs:
-    """What the backend copies of x, residual and add, copied, so that no verb does it again."""
+def dense_inputs(spec: Spec, inputs: Inputs) -> Inputs:
+    """Any layout serves."""
     return inputs
 
 
-def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
-    """y = act((x - mean) * rstd * weight + bias + residual), and (mean, rstd, variance) per pool.
-
-    The variance is the biased one (of RMS: the mean square); it is returned beside rstd because
-    1 / rstd² - eps loses it where eps dominates. With `add`, x + add is normalized and is the fifth
-    result.
-    """
+def normalize(spec: Spec, inputs: Inputs) -> Normalized:
+    """y = act((x - mean) * rstd * weight + bias + residual), and the statistics of each pool."""
     if inputs.add is not None:
         total = inputs.x + inputs.add
-        return *normalize(spec, inputs._replace(x=total, add=None)), total
+        return normalize(spec, inputs._replace(x=total, add=None))._replace(total=total)
     pool = spec.pool
     standard, mean, rstd, var = _standardize(spec, inputs)
     z = _affine(spec, inputs, standard)
     y = pool.unview(_select(spec, inputs, ACTIVATIONS[spec.act][0](z)))
     axes = pool.axes(standard.dim())
-    return y.to(inputs.x.dtype), mean.squeeze(axes), rstd.squeeze(axes), var.squeeze(axes)
+    statistics = (mean.squeeze(axes), rstd.squeeze(axes), var.squeeze(axes))
+    return Normalized(y.to(inputs.x.dtype), *statistics)
 
 
 def output(spec: Spec, inputs: Inputs) -> Tensor:
     """y alone, where no sum with `add` and none of the statistics is wanted."""
-    return normalize(spec, inputs)[0]
+    return normalize(spec, inputs).y
 
 
 def moments(spec: Spec, inputs: Inputs) -> Tensor:
@@ -75,7 +73,7 @@ def moments(spec: Spec, inputs: Inputs) -> Tensor:
 
 def normalize_backward(
     spec: Spec, inputs: Inputs, dy: Tensor, dtotal: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+) -> Gradients:
     """Gradients of x, weight, bias, residual from that of y.
 
     With dz = dy * act'(z) and g = dz * weight:
@@ -90,26 +88,27 @@ def normalize_backward(
         dx = dx + dtotal
     dweight = _parameter_gradient(spec, inputs.weight, dz * standard)
     dbias = _parameter_gradient(spec, inputs.bias, dz)
-    return dx, dweight, dbias, spec.pool.unview(dz).to(inputs.x.dtype)
+    return Gradients(dx, dweight, dbias, spec.pool.unview(dz).to(inputs.x.dtype))
 
 
-def sums(spec: Spec, inputs: Inputs, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def sums(spec: Spec, inputs: Inputs, dy: Tensor) -> Sums:
     """The sums of g and of g * x̂ over each pool, stacked, in float64; dweight and dbias."""
     standard, _, dz, g = _gradients(spec, inputs, dy)
     axes = spec.pool.axes(g.dim())
-    return (
+    return Sums(
         torch.stack([g.double().sum(axes), (g * standard).double().sum(axes)]),
         _parameter_gradient(spec, inputs.weight, dz * standard),
         _parameter_gradient(spec, inputs.bias, dz),
     )
 
 
-def gradient(spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """dx and dresidual, given <g> and <g * x̂> of each pool, stacked."""
+def gradient(spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor) -> Gradients:
+    """The gradients of x and residual, given <g> and <g * x̂> of each pool, stacked."""
     standard, rstd, dz, g = _gradients(spec, inputs, dy)
-    flat, steep = (spec.pool.spread(m.to(g.dtype), g) for m in means)
-    dx = _select(spec, inputs, g - flat - standard * steep) * rstd
-    return spec.pool.unview(dx).to(inputs.x.dtype), spec.pool.unview(dz).to(inputs.x.dtype)
+    mean_g, mean_gx = (spec.pool.spread(m.to(g.dtype), g) for m in means)
+    dx = _select(spec, inputs, g - mean_g - standard * mean_gx) * rstd
+    dx, dz = (spec.pool.unview(each).to(inputs.x.dtype) for each in (dx, dz))
+    return Gradients(dx, residual=dz)
 
 
 def normalize_tangent(

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from normkit.backend.cpu import DTYPES, _contiguous, _dense, _dense_mask, _like
-from normkit.backend.cpu import dense as dense
-from normkit.backend.triton_plan import WARPS_PER_SM, _power, covers, geometry, launch, shared
+from normkit.backend.layout import DTYPES, contiguous, dense, dense_mask, like
+from normkit.backend.layout import dense_inputs as dense_inputs
+from normkit.backend.protocol import Gradients, Normalized, Sums
+from normkit.backend.triton_plan import WARPS_PER_SM, covers, geometry, launch, power_of_two, shared
 from normkit.formula.spec import Inputs, Spec, compute_dtype
 
 DEVICE = "cuda"
@@ -73,8 +74,8 @@ def why_not(spec: Spec, inputs: Inputs) -> str | None:
     return None
 
 
-def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
-    """As `reference.normalize`; the mean is float64, so that it keeps what float32 would drop."""
+def normalize(spec: Spec, inputs: Inputs) -> Normalized:
+    """The mean is float64, so that it keeps what float32 would drop."""
     call = _Forward(spec, inputs)
     x, at = call.x, call.launch
     with _on(x.device):
@@ -89,14 +90,12 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Tensor, ...]:
             else:
                 call.merge(parts, None, call.mean, call.rstd, call.var)
                 call.run("apply")
-    statistics = (call.mean, call.rstd, call.var)
-    return (call.y, *statistics) if call.total is None else (call.y, *statistics, call.total)
+    return Normalized(call.y, call.mean, call.rstd, call.var, call.total)
 
 
 def normalize_backward(
     spec: Spec, inputs: Inputs, dy: Tensor, dtotal: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """As `reference.normalize_backward`."""
+) -> Gradients:
     call = _Backward(spec, inputs, dy, dtotal)
     with _on(call.x.device):
         sums = call.new_sums() if call.of_pools and call.wants else None
@@ -112,16 +111,14 @@ def normalize_backward(
                 sums = call.fold_pools(parts)
                 call.run("gradient", merged=sums)
         dweight, dbias = call.parameters(sums)
-    return call.dx, dweight, dbias, call.dresidual()
+    return Gradients(call.dx, dweight, dbias, call.dresidual())
 
 
 def output(spec: Spec, inputs: Inputs) -> Tensor:
-    """As `reference.output`."""
-    return normalize(spec, inputs)[0]
+    return normalize(spec, inputs).y
 
 
 def moments(spec: Spec, inputs: Inputs) -> Tensor:
-    """As `reference.moments`."""
     call = _Forward(spec, inputs)
     every = call.x.new_empty((3, *call.geometry.statistics), dtype=torch.float64)
     with _on(call.x.device):
@@ -129,8 +126,7 @@ def moments(spec: Spec, inputs: Inputs) -> Tensor:
     return every
 
 
-def sums(spec: Spec, inputs: Inputs, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `reference.sums`."""
+def sums(spec: Spec, inputs: Inputs, dy: Tensor) -> Sums:
     call = _Backward(spec, inputs, dy)
     with _on(call.x.device):
         folded = call.fold_pools(call.sums())
@@ -138,35 +134,34 @@ def sums(spec: Spec, inputs: Inputs, dy: Tensor) -> tuple[Tensor, Tensor | None,
     total = folded[:2].double().view(2, *call.geometry.statistics)
     if call.of_pools and inputs.weight is not None:
         total = total * inputs.weight
-    return total, dweight, dbias
+    return Sums(total, dweight, dbias)
 
 
-def gradient(spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor) -> tuple[Tensor, Tensor | None]:
-    """As `reference.gradient`."""
+def gradient(spec: Spec, inputs: Inputs, dy: Tensor, means: Tensor) -> Gradients:
     call = _Backward(spec, inputs, dy)
     with _on(call.x.device):
         call.run("project", merged=means.to(call.dtype).contiguous())
-    return call.dx, call.dresidual()
+    return Gradients(call.dx, residual=call.dresidual())
 
 
 class _Call:
     """What all phases of a call share."""
 
     def __init__(self, spec: Spec, inputs: Inputs, way: Literal["forward", "backward"]) -> None:
-        x = self.x = _dense(spec, inputs.x)
+        x = self.x = dense(spec, inputs.x)
         self.spec, self.dtype = spec, compute_dtype(x.dtype)
         last = not x.is_contiguous()
         g = self.geometry = geometry(spec.pool, tuple(x.shape), last, spec.given, x.itemsize)
         self.launch = launch(g, way, spec.given)
         of_columns = g.outer * g.cols
         self.indices = {"rows": g.rows, "columns": of_columns, "none": self.launch.units}[g.kept]
-        self.weight, self.bias = _contiguous(inputs.weight), _contiguous(inputs.bias)
-        mask = _dense_mask(inputs.mask, x)
+        self.weight, self.bias = contiguous(inputs.weight), contiguous(inputs.bias)
+        mask = dense_mask(inputs.mask, x)
         self.mask = None if mask is None else mask.view(torch.uint8)
 
     def like(self, tensor: Tensor | None) -> Tensor | None:
         """The tensor in x's layout."""
-        return None if tensor is None else _like(tensor, self.x)
+        return None if tensor is None else like(tensor, self.x)
 
     def start(
         self,
@@ -214,7 +209,7 @@ class _Forward(_Call):
         self.tensors = (
             *(x, self.like(inputs.add), self.like(inputs.residual)),
             *(self.mask, self.weight, self.bias),
-            *(_contiguous(inputs.mean), _contiguous(inputs.var)),
+            *(contiguous(inputs.mean), contiguous(inputs.var)),
             *(self.y, self.total, self.mean, self.rstd, self.var),
         )
 
@@ -343,8 +338,8 @@ class _Backward(_Call):
 
 def _table(rows: int, entries: int) -> tuple[int, int]:
     """The tile of a second stage: few columns where there are few, so that many programs share."""
-    a = min(128, _power(rows))
-    return a, max(16, min(_power(entries), 2048 // a, 64))
+    a = min(128, power_of_two(rows))
+    return a, max(16, min(power_of_two(entries), 2048 // a, 64))
 
 
 @functools.cache

@@ -118,7 +118,7 @@ def geometry(
             each = n // ghosts
             statistics = (c,) if pool.ghosts is None else (ghosts, c)
             size = each * c * s
-            whole = _power(each) * _power(s) <= LARGEST["backward"]
+            whole = power_of_two(each) * power_of_two(s) <= LARGEST["backward"]
             if last:
                 return Geometry(
                     "columns", "pool", ghosts, 1, size, 0, each * s, c, c, 1, c, statistics, True
@@ -185,7 +185,7 @@ def launch(g: Geometry, way: Literal["forward", "backward"], given: bool) -> Lau
     warps = min(most, max(1, a * b // (32 * held * PER_THREAD[way])))
     merged = 0
     if split and chunks <= MERGED:
-        merged = min(_power(chunks), 2048 // (b if g.kept == "columns" else 1))
+        merged = min(power_of_two(chunks), 2048 // (b if g.kept == "columns" else 1))
     return Launch(
         a, b, whole, split, units, period, tiles, chunk, chunks, warps, STAGES[way], merged
     )
@@ -199,7 +199,7 @@ def _small(g: Geometry) -> bool:
 def _tile(g: Geometry, way: str) -> tuple[int, int, bool]:
     """Rows and columns of a tile, powers of two; and whether it holds a whole unit."""
     largest = LARGEST[way]
-    rows, cols = _power(g.rows), _power(g.cols)
+    rows, cols = power_of_two(g.rows), power_of_two(g.cols)
     if g.kept == "rows":
         whole = cols <= largest
         b = cols if whole else 2 * TILE
@@ -243,7 +243,7 @@ def shared(g: Geometry) -> bool:
     return (g.kept, g.affine) in (("rows", "column"), ("columns", "row"))
 
 
-def _power(n: int) -> int:
+def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 

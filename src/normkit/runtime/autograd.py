@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,16 +11,17 @@ from torch.autograd import forward_ad
 
 from normkit import backend
 from normkit.backend import aten, reference
+from normkit.backend.protocol import Backend, Gradients, Normalized
 from normkit.formula.spec import Inputs, Spec
 from normkit.runtime import recompute
 from normkit.runtime.statistics import Moments
 from normkit.runtime.sync import Merge, Settings
 
 
-def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor, ...]:
-    """(y, mean, rstd, variance), and x + add if there is one, by the backend that takes the call.
+def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> Normalized:
+    """y, the statistics where they are `tracked`, and x + add, by the backend that takes the call.
 
-    Where the statistics aren't `tracked`, y alone may come. Only y and x + add are differentiable.
+    Only y and x + add are differentiable.
     Under torch.compile a graph holds the C++ core's operator where that is kept, else the reference
     formula; under export, torch's own operators, unless the statistics are tracked. A Function
     inside two forward-mode transforms loses the outer tangent without a word, so there too the
@@ -30,24 +30,41 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> tuple[Tensor
     if not plain():
         if inputs.add is not None:
             total = inputs.x + inputs.add
-            return *normalize(spec, inputs._replace(x=total, add=None), tracked), total
+            return normalize(spec, inputs._replace(x=total, add=None), tracked)._replace(
+                total=total
+            )
         if aten.exporting() and not tracked:
             return aten.normalize(spec, inputs)
         if _compiled() and backend.kept_by_compilers(spec, inputs):
-            return _CompiledNormalize.apply(spec, *inputs)
+            return Normalized(*_CompiledNormalize.apply(spec, *inputs))
         if torch.compiler.is_compiling() or _forward_over_forward():
-            y, *statistics = reference.normalize(spec, inputs)
-            return y, *(s.detach() for s in statistics)
-        return _TransformedNormalize.apply(spec, *inputs)
+            y, *statistics = _without_total(reference.normalize(spec, inputs))
+            return Normalized(y, *(s.detach() for s in statistics))
+        return Normalized(*_TransformedNormalize.apply(spec, *inputs))
     verbs = backend.choose(spec, inputs)
     if _differentiated(inputs):
-        inputs, found = verbs.dense(spec, inputs), list[Tensor]()
+        inputs, found = verbs.dense_inputs(spec, inputs), list[Tensor]()
         differentiable = (inputs.x, inputs.weight, inputs.bias, inputs.residual, inputs.add)
         y, *total = _Normalize.apply(spec, inputs, verbs, found, *differentiable)
-        return y, *found, *total
+        return Normalized(y, *found, *total)
     if tracked or inputs.add is not None:
         return verbs.normalize(spec, inputs)
-    return (verbs.output(spec, inputs),)
+    return Normalized(verbs.output(spec, inputs))
+
+
+def _without_total(outputs: Normalized) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, mean, rstd and variance: what a Function gives, whose outputs must all be tensors."""
+    y, mean, rstd, var, _ = outputs
+    assert mean is not None
+    assert rstd is not None
+    assert var is not None
+    return y, mean, rstd, var
+
+
+def _by_inputs(before: int, gradients: Gradients) -> tuple[Tensor | None, ...]:
+    """What a backward returns for so many arguments and all of `Inputs` behind them."""
+    rest = len(Inputs._fields) - len(gradients)
+    return (*(None,) * before, *gradients, *(None,) * rest)
 
 
 def _differentiated(inputs: Inputs) -> bool:
@@ -76,10 +93,10 @@ def _forward_over_forward() -> bool:
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
 
 
-def _save(ctx: Any, spec: Spec, inputs: Inputs, outputs: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, spec: Spec, inputs: Inputs, outputs: Normalized) -> None:
     """What the backward needs: what `_saved` gives back."""
     x, weight, bias, residual, mask, *_ = inputs
-    y, mean, rstd, _, *total = outputs
+    y, mean, rstd, _, total = outputs
     ctx.set_materialize_grads(False)
     ctx.spec, ctx.has_residual = spec, residual is not None
     output = None
@@ -88,7 +105,7 @@ def _save(ctx: Any, spec: Spec, inputs: Inputs, outputs: tuple[Tensor, ...]) -> 
     elif spec.act is None:
         residual = None
     ctx.save_for_backward(
-        total[0] if total else x, weight, bias, residual, mask, mean, rstd, output
+        x if total is None else total, weight, bias, residual, mask, mean, rstd, output
     )
 
 
@@ -98,11 +115,11 @@ def _saved(ctx: Any) -> Inputs:
 
 
 def _backward(
-    ctx: Any, verbs: ModuleType | None, dy: Tensor | None, dtotal: Tensor | None, has_add: bool
-) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, bias, residual and add."""
+    ctx: Any, verbs: Backend | None, dy: Tensor | None, dtotal: Tensor | None = None
+) -> Gradients:
+    """The gradients of the inputs; that of `add` is x's."""
     if dy is None:
-        return dtotal, None, None, None, dtotal
+        return Gradients(dtotal)
     spec, inputs = ctx.spec, _saved(ctx)
     if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
         # Someone differentiates this backward, so the statistics must be functions of x again; or
@@ -112,8 +129,7 @@ def _backward(
     else:
         verbs = verbs or backend.choose(spec, inputs)
         gradients = verbs.normalize_backward(spec, inputs, _laid_out_like(dy, inputs.x), dtotal)
-    dx, dweight, dbias, dz = gradients
-    return dx, dweight, dbias, dz if ctx.has_residual else None, dx if has_add else None
+    return gradients if ctx.has_residual else gradients._replace(residual=None)
 
 
 def moments(spec: Spec, inputs: Inputs, merge: Merge, settings: Settings) -> Moments:
@@ -135,7 +151,7 @@ def moments(spec: Spec, inputs: Inputs, merge: Merge, settings: Settings) -> Mom
 def normalize_merged(spec: Spec, inputs: Inputs, merge: Merge, n: Tensor | int) -> Tensor:
     """y by merged statistics of n elements, which `inputs` hold; they count as functions of x."""
     if not plain():
-        return reference.normalize(spec, inputs)[0]
+        return reference.normalize(spec, inputs).y
     if _differentiated(inputs):
         return _NormalizeMerged.apply(spec, merge, n, *inputs)
     return backend.choose(spec, inputs).output(spec, inputs)
@@ -203,11 +219,12 @@ class _NormalizeMerged(torch.autograd.Function):
         outputs = backend.choose(spec, inputs).normalize(spec, inputs)
         _save(ctx, spec, inputs, outputs)
         ctx.merge, ctx.n = merge, n
-        return outputs[0]
+        return outputs.y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         spec, inputs, n = ctx.spec, _saved(ctx), ctx.n
+        verbs: Backend
         if dy is None:
             dy = torch.zeros_like(inputs.x)
         if torch.is_grad_enabled():
@@ -222,16 +239,18 @@ class _NormalizeMerged(torch.autograd.Function):
         else:
             dy = _laid_out_like(dy, inputs.x)
             verbs = backend.choose(spec, inputs)
-        dx = dresidual = None
-        sums, dweight, dbias = verbs.sums(spec, inputs, dy)
-        if ctx.needs_input_grad[3]:
-            sums = _total(sums, ctx.merge)
-            means = sums / (n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1))
-            dx, dz = verbs.gradient(spec, inputs, dy, means)
-            dresidual = dz if ctx.has_residual else None
+        sums = verbs.sums(spec, inputs, dy)
+        found = Gradients(None, sums.weight, sums.bias)
+        _, _, _, *wanted = ctx.needs_input_grad
+        if Inputs(*wanted).x:
+            total = _total(sums.pools, ctx.merge)
+            means = total / (n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1))
+            of_x = verbs.gradient(spec, inputs, dy, means)
+            found = found._replace(x=of_x.x, residual=of_x.residual)
         elif ctx.has_residual:
-            dresidual = verbs.gradient(spec, inputs, dy, torch.zeros_like(sums))[1]
-        return None, None, None, dx, dweight, dbias, dresidual, *(None,) * 6
+            none = torch.zeros_like(sums.pools)
+            found = found._replace(residual=verbs.gradient(spec, inputs, dy, none).residual)
+        return _by_inputs(3, found if ctx.has_residual else found._replace(residual=None))
 
 
 class _Normalize(torch.autograd.Function):
@@ -242,7 +261,7 @@ class _Normalize(torch.autograd.Function):
         ctx: Any,
         spec: Spec,
         inputs: Inputs,
-        verbs: ModuleType,
+        verbs: Backend,
         found: list[Tensor],
         *differentiable: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -250,13 +269,14 @@ class _Normalize(torch.autograd.Function):
         outputs = verbs.normalize(spec, inputs)
         _save(ctx, spec, inputs, outputs)
         ctx.verbs = verbs
-        found.extend(outputs[1:4])
-        return outputs[:1] + outputs[4:]
+        y, mean, rstd, var, total = outputs
+        found += mean, rstd, var  # type: ignore[arg-type]
+        return (y,) if total is None else (y, total)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_total = dtotal[0] if dtotal else None
-        return (None, None, None, None, *_backward(ctx, ctx.verbs, dy, of_total, bool(dtotal)))
+        found = _backward(ctx, ctx.verbs, dy, *dtotal)
+        return None, None, None, None, *found, found.x if dtotal else None
 
 
 class _CompiledNormalize(torch.autograd.Function):
@@ -266,16 +286,17 @@ class _CompiledNormalize(torch.autograd.Function):
     def forward(ctx: Any, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
         outputs = backend.cpu.normalize(spec, inputs)
-        ctx.mark_non_differentiable(*outputs[1:])
+        y, *statistics = _without_total(outputs)
+        ctx.mark_non_differentiable(*statistics)
         _save(ctx, spec, inputs, outputs)
-        return outputs
+        return y, *statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *of_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = _saved(ctx)
         dy = _laid_out_like(dy, inputs.x)
-        dx, dweight, dbias, dz = backend.cpu.normalize_backward(ctx.spec, inputs, dy)
-        return None, dx, dweight, dbias, dz if ctx.has_residual else None, *(None,) * 6
+        found = backend.cpu.normalize_backward(ctx.spec, inputs, dy)
+        return _by_inputs(1, found if ctx.has_residual else found._replace(residual=None))
 
 
 class _TransformedNormalize(torch.autograd.Function):
@@ -284,21 +305,20 @@ class _TransformedNormalize(torch.autograd.Function):
     @staticmethod
     def forward(spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
-        return backend.choose(spec, inputs).normalize(spec, inputs)
+        return _without_total(backend.choose(spec, inputs).normalize(spec, inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         spec, *tensors = inputs
         ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, spec, Inputs(*tensors), output)
+        _save(ctx, spec, Inputs(*tensors), Normalized(*output))
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(
         ctx: Any, dy: Tensor | None, *of_statistics: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        dx, dweight, dbias, dresidual, _ = _backward(ctx, None, dy, None, False)
-        return None, dx, dweight, dbias, dresidual, *(None,) * 6
+        return _by_inputs(1, _backward(ctx, None, dy))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -310,7 +330,8 @@ class _TransformedNormalize(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], spec: Spec, *tensors: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         def one(*one_of_each: Tensor | None) -> tuple[Tensor, ...]:
-            return reference.normalize(spec, Inputs(*one_of_each))  # type: ignore[arg-type]
+            outputs = reference.normalize(spec, Inputs(*one_of_each))  # type: ignore[arg-type]
+            return _without_total(outputs)
 
         batched = torch.vmap(one, in_dims[1:], 0, randomness=info.randomness)
         return batched(*tensors), (0, 0, 0, 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from normkit.backend import cpu
+from normkit.backend.protocol import Normalized
 from normkit.formula.pool import Pool
 from normkit.runtime import recompute, state
 
@@ -50,8 +51,11 @@ def given(running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
     return state.read(running_mean).clone(), state.read(running_var).clone()
 
 
-def moments(pool: Pool, x: Tensor, mask: Tensor | None, mean: Tensor, var: Tensor) -> Moments:
-    """The moments of x's pools, given their mean and variance."""
+def moments(pool: Pool, x: Tensor, mask: Tensor | None, outputs: Normalized) -> Moments:
+    """The moments of x's pools, whose mean and variance a forward found."""
+    mean, var = outputs.mean, outputs.var
+    assert mean is not None
+    assert var is not None
     view = pool.view(x if mask is None else mask.expand(x.shape))
     axes = pool.axes(view.dim())
     if mask is None:
