@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normkit.tools.findings import Finding
 from normkit.tools.measure import Facts, Layer, measure
 from normkit.tools.model import (
     Forward,
@@ -22,6 +23,7 @@ from normkit.tools.model import (
     preserved,
     taken,
 )
+from normkit.tools.page import page
 from normkit.tools.recalibrate import recalibrate
 from normkit.tools.rules import RULES
 from normkit.tools.swap import swap
@@ -29,25 +31,6 @@ from normkit.tools.table import Report
 
 _MENDED_BY_RECALIBRATE = ("train-eval-gap", "never-updated", "stale")
 _MENDED_BY_SWAP = "near-overflow"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fault: what was measured at which layer, why it matters, the line that mends it."""
-
-    code: str
-    name: str
-    layer: str
-    measured: str
-    why: str
-    fix: str
-
-    def __str__(self) -> str:
-        """As a linter prints it."""
-        return (
-            f"{self.layer}: {self.code} {self.name}: {self.measured}\n"
-            f"    why: {self.why}\n    fix: {self.fix}"
-        )
 
 
 @dataclass
@@ -76,9 +59,7 @@ class Inspection(Report):
 
     def to_html(self) -> str:
         """A page that opens offline: the findings, and each layer's data."""
-        from normkit.tools.page import page
-
-        return page(self)
+        return page(self.model, self.rows, self.layers, self.facts["batches"])
 
 
 def inspect(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+
+from torch import nn
 
 from normkit.common.style import STYLE
+from normkit.tools.findings import Finding
 from normkit.tools.measure import Layer
-
-if TYPE_CHECKING:
-    from normkit.tools.inspect import Inspection
 
 _WIDTH, _HEIGHT, _BINS = 180, 56, 36
 
@@ -27,18 +27,18 @@ svg text { fill: var(--muted); font-size: 11px; font-variant-numeric: tabular-nu
 """
 
 
-def page(inspection: Inspection) -> str:
-    """The inspection as HTML; every name of the user's is escaped."""
-    count, norms = len(inspection.rows), inspection.facts["norms"]
+def page(model: nn.Module, found: Sequence[Finding], layers: Sequence[Layer], batches: int) -> str:
+    """An inspection of the model on so many batches as HTML; names of the user's are escaped."""
+    count, norms = len(found), len(layers)
     title = f"{count or 'No'} finding{'s' * (count != 1)} in {norms} norms"
     findings = "".join(
         f'<article class="verdict reversed"><h2>{html.escape(f.layer)} '
         f'<span class="word">{f.code} {html.escape(f.name)}</span></h2>'
         f"<p>{html.escape(f.measured)}</p><p>{html.escape(f.why)}</p>"
         f'<pre tabindex="0"><code>{html.escape(f.fix)}</code></pre></article>'
-        for f in inspection.rows
+        for f in found
     )
-    rows = "".join(map(_row, inspection.layers))
+    rows = "".join(map(_row, layers))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -52,8 +52,8 @@ def page(inspection: Inspection) -> str:
 <body>
 <main>
 <header>
-<p class="kicker">normkit inspect · {html.escape(type(inspection.model).__name__)} ·
-{inspection.facts["batches"]} batches</p>
+<p class="kicker">normkit inspect · {html.escape(type(model).__name__)} ·
+{batches} batches</p>
 <h1>{title}</h1>
 </header>
 <section class="findings" aria-label="Findings">{findings}</section>
