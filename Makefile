@@ -15,6 +15,7 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # Twenty minutes alone on the machine; other load falsifies it.
 bench: .venv/ready

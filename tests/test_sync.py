@@ -829,6 +829,11 @@ def test_the_layer_is_torchs():
         assert copied.merge.layer is copied
 
 
+class Doubled(nn.BatchNorm1d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def test_swap_and_convert():
     net = nn.Sequential(
         nn.BatchNorm1d(4),
@@ -845,7 +850,16 @@ def test_swap_and_convert():
     assert converted[3].act == "silu"
     assert not converted[0].training
     assert all(a is b for a, b in zip(tensors, converted.parameters(), strict=True))
+    assert converted[0].ranks == (2, 3)
     assert type(SYNC.convert_sync_batchnorm(nn.BatchNorm2d(3))) is SYNC
+    ghost = normkit.GhostBatchNorm(4, 2)
+    assert SYNC.convert_sync_batchnorm(ghost, "a group") is ghost
+    assert ghost.merge.process_group == "a group"
+    shared = nn.BatchNorm1d(4)
+    twice = SYNC.convert_sync_batchnorm(nn.Sequential(shared, nn.Sequential(shared)))
+    assert twice[0] is twice[1][0]
+    with pytest.raises(ValueError, match=r"1 is a Doubled with a forward of its own.*swap"):
+        SYNC.convert_sync_batchnorm(nn.Sequential(nn.ReLU(), Doubled(4)))
     net = nn.Sequential(nn.SyncBatchNorm(4, process_group="theirs"))
     normkit.swap(net)
     assert type(net[0]) is SYNC

@@ -1,6 +1,7 @@
 """Normalization layers, kernels, studies and tools for PyTorch."""
 
 from normkit import functional, parametrizations
+from normkit.common.version import VERSION
 from normkit.dispatch import backends, explain, info
 from normkit.factory import create
 from normkit.layers import (
@@ -29,7 +30,7 @@ from normkit.tools.inspect import inspect
 from normkit.tools.recalibrate import recalibrate
 from normkit.tools.swap import swap
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "BatchNorm",

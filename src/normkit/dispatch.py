@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from normkit import backend, layers
+from normkit.common.version import VERSION
 
 
 def backends() -> dict[str, str | None]:
@@ -43,10 +44,8 @@ def explain(layer: nn.Module, *args: Any, **kwargs: Any) -> str:
 
 def info() -> str:
     """Versions, machine and the state of every backend, a line each."""
-    from normkit import __version__
-
     rows = {
-        "normkit": __version__,
+        "normkit": VERSION,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",

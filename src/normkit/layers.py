@@ -6,6 +6,7 @@ hold. They are thin over `normkit.functional`, whose docstrings give the formula
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -372,15 +373,46 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """The module with every batch norm in it, but frozen ones, made this layer by `swap`."""
-        from normkit.tools.swap import swap
+        """The module with its batch norms made this layer; tensors, modes and hooks are kept.
 
-        def batch(name: str, layer: nn.Module) -> bool:
-            return isinstance(layer, _BatchNorm) and not isinstance(layer, FrozenBatchNorm)
+        Frozen ones stay as they are; ghost batch norm and batch renorm stay too, synchronized.
 
-        report = swap(module, "sync", only=batch, process_group=process_group)
-        converted: nn.Module = report.model
-        return converted
+        Raises:
+            ValueError: a batch norm with a forward of its own. `normkit.swap(module, "sync")` knows
+                those of timm, and says which it leaves.
+        """
+        new: dict[nn.Module | None, nn.Module] = {
+            old: _synchronized(name, old, process_group)
+            for name, old in module.named_modules()
+            if isinstance(old, _BatchNorm)
+        }
+        for parent in list(module.modules()):
+            for key, child in parent._modules.items():
+                if child in new:
+                    parent._modules[key] = new[child]
+        return new.get(module, module)
+
+
+def _synchronized(name: str, old: _BatchNorm, process_group: Any) -> nn.Module:
+    """What takes the place of a batch norm whose ranks merge their batches."""
+    if isinstance(old, FrozenBatchNorm):
+        return old
+    if isinstance(old, GhostBatchNorm | BatchRenorm):
+        return old.synchronize(process_group)
+    known = (_BatchNorm.forward, nn.SyncBatchNorm.forward, _BatchLayer.forward)
+    if type(old).forward not in known:
+        raise ValueError(
+            f"{name or 'the module'} is a {type(old).__name__} with a forward of its own, which "
+            "this conversion would lose; normkit.swap(module, 'sync') knows more kinds"
+        )
+    if process_group is None and isinstance(old, nn.SyncBatchNorm):
+        process_group = old.process_group
+    new = SyncBatchNorm(old.num_features, process_group=process_group, device="meta")
+    own = ("merge", "process_group")
+    vars(new).update({key: copy.copy(v) for key, v in vars(old).items() if key not in own})
+    torchs = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
+    new.ranks = next((t.ranks for base, t in torchs.items() if isinstance(old, base)), None)
+    return new
 
 
 let_ddp_take(SyncBatchNorm)
