@@ -7,16 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from normkit.lab.numerics import unevenness
 from normkit.lab.results.store import Run
 from normkit.lab.studies.features import (
     ARMS,
-    condition,
     contour,
     finish,
     judge,
-    lanczos,
-    spread,
-    unevenness,
 )
 from normkit.lab.studies.features import STUDY as FEATURES
 from normkit.lab.study import Evidence, NotApplicable
@@ -30,69 +27,6 @@ from normkit.lab.training.train import advance, make_optimizer
 CONFIG = Config(data="wine", steps=3000, eval_every=30).resolved("features")
 DATA = load_data(CONFIG)
 ARM = {arm.name: arm for arm in ARMS}
-
-
-def small(norm=False):
-    torch.manual_seed(0)
-    between = [nn.BatchNorm1d(5)] if norm else []
-    model = nn.Sequential(nn.Linear(4, 5), *between, nn.Tanh(), nn.Linear(5, 3)).double()
-    return model, torch.randn(40, 4, dtype=torch.float64), torch.randint(0, 3, (40,))
-
-
-@pytest.mark.parametrize("norm", [False, True])
-def test_unevenness_is_that_of_the_dense_hessian(norm):
-    model, x, y = small(norm)
-    names = [name for name, _ in model.named_parameters()]
-    shapes = [p.shape for p in model.parameters()]
-
-    def loss(vector):
-        parts = vector.split([shape.numel() for shape in shapes])
-        given = {n: v.view(s) for n, v, s in zip(names, parts, shapes, strict=True)}
-        return nn.functional.cross_entropy(torch.func.functional_call(model, given, (x,)), y)
-
-    vector = torch.cat([p.detach().flatten() for p in model.parameters()])
-    values = np.linalg.eigvalsh(torch.autograd.functional.hessian(loss, vector).numpy())
-    wanted = np.abs(values).max() / np.abs(values).mean()
-    # The mean eigenvalue, estimated from random starts, is right on average: so is the inverse.
-    found = np.array([1 / unevenness(model, x, y, seed) for seed in range(20)])
-    assert found.mean() * wanted == pytest.approx(1, abs=4 * found.std() * wanted / 20**0.5)
-    assert found.std() * wanted < 0.25
-
-
-def test_lanczos_quadrature_is_exact_for_low_powers_and_finds_the_largest():
-    rng = np.random.default_rng(0)
-    turn = np.linalg.qr(rng.normal(size=(30, 30)))[0]
-    matrix = turn @ np.diag(np.r_[10.0, rng.normal(size=29)]) @ turn.T
-    start = torch.from_numpy(rng.normal(size=30))
-    dense = torch.from_numpy(matrix)
-    nodes, weights = lanczos(lambda v: dense @ v, start, 12)
-    v = start.numpy() / np.linalg.norm(start.numpy())
-    assert weights.sum() == pytest.approx(1)
-    for power in range(1, 24):
-        wanted = v @ np.linalg.matrix_power(matrix, power) @ v
-        assert nodes**power @ weights == pytest.approx(wanted, rel=1e-6)
-    assert nodes.max() == pytest.approx(10, rel=1e-8)
-
-
-def test_lanczos_stops_at_an_invariant_subspace():
-    nodes, weights = lanczos(lambda v: 3 * v, torch.ones(8, dtype=torch.float64), 20)
-    assert nodes.tolist() == pytest.approx([3])
-    assert weights.tolist() == pytest.approx([1])
-
-
-def test_condition_and_spread_are_those_of_numpy():
-    rng = np.random.default_rng(0)
-    x = rng.normal([1, 2, 3], [0.1, 1, 10], (200, 3))
-    with_one = np.c_[x, np.ones(200)]
-    wanted = np.linalg.cond(with_one.T @ with_one / 200)
-    assert condition(torch.from_numpy(x)) == pytest.approx(wanted, rel=1e-6)
-    assert spread(torch.from_numpy(x)) == pytest.approx(x.std(0).max() / x.std(0).min())
-    constant = torch.from_numpy(np.c_[x, np.full(200, 7.0)])
-    assert condition(constant) < 1e7
-    assert spread(constant) == pytest.approx(spread(torch.from_numpy(x)))
-    assert condition(scaled(DATA, "raw").train[0]) > 1e6 * condition(
-        scaled(DATA, "whitened").train[0]
-    )
 
 
 def standing(name, data=DATA, config=CONFIG, seed=0):

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 from simulate import paced, share, words
-from torch import nn
 
-from normkit.lab.studies.optimizer import STUDY, arms, at_loss, curvature, judge, matched, probe
+from normkit.lab.studies.optimizer import STUDY, arms, at_loss, judge, matched, probe
 from normkit.lab.study import Evidence, NotApplicable
 from normkit.lab.training.batches import Batches
 from normkit.lab.training.config import Config
 from normkit.lab.training.data import load_data
 from normkit.lab.training.models import build
-from normkit.lab.training.probe import Probe, hessian, look
+from normkit.lab.training.probe import Probe, look
 from normkit.lab.training.train import advance, make_optimizer
 
 GIVEN = Config(steps=400)
@@ -23,46 +22,6 @@ CONFIG = GIVEN.resolved("optimizer")
 DATA = load_data(CONFIG)
 ARMS = arms(CONFIG, DATA)
 WAY, SURFACE = "Optimizers change the way down", "Normalization changes the surface more"
-
-
-def small(seed=0):
-    """The loss of a small network, its weights, and its Hessian by autograd in float64."""
-    torch.manual_seed(seed)
-    x, y = torch.randn(40, 3).double(), torch.randint(0, 3, (40,))
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-    weights = list(net.parameters())
-    sizes = [w.numel() for w in weights]
-    names = [name for name, _ in net.named_parameters()]
-
-    def loss(flat):
-        parts = [p.view_as(w) for p, w in zip(flat.split(sizes), weights, strict=True)]
-        state = dict(zip(names, parts, strict=True))
-        return nn.functional.cross_entropy(torch.func.functional_call(net, state, (x,)), y)
-
-    at = torch.cat([w.detach().flatten() for w in weights])
-    dense = torch.autograd.functional.hessian(loss, at).numpy()
-    return nn.functional.cross_entropy(net(x), y), weights, dense
-
-
-def test_the_hessians_product_is_that_of_the_dense_one():
-    loss, weights, dense = small()
-    vector = torch.randn(len(dense), generator=torch.Generator().manual_seed(1)).double()
-    found = hessian(loss, weights)(vector)
-    assert found.numpy() == pytest.approx(dense @ vector.numpy(), abs=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_curvature_is_the_largest_eigenvalue_and_never_above_it(seed):
-    loss, weights, dense = small(seed)
-    largest = np.abs(np.linalg.eigvalsh(dense)).max()
-    found = curvature(loss, weights)
-    assert found <= largest * (1 + 1e-9)
-    assert found == pytest.approx(largest, rel=0.03)
-
-
-def test_the_curvature_of_a_plane_is_zero():
-    weight = torch.ones(3, requires_grad=True)
-    assert curvature((weight * torch.arange(3.0)).sum() + 0 * weight.square().sum(), [weight]) == 0
 
 
 def standing(arm):

@@ -20,6 +20,7 @@ from normkit.lab.results.measures import (
 )
 from normkit.lab.results.verdict import (
     Estimate,
+    Word,
     all_of,
     any_of,
     estimate,
@@ -47,7 +48,7 @@ class Contrast:
     accuracy: Sequence[float]
     steps: Sequence[float]
 
-    def matters(self) -> str:
+    def matters(self) -> Word:
         """Return the verdict on a claim that the one is better: in either, and worse in neither."""
         return any_of(
             [
@@ -56,7 +57,7 @@ class Contrast:
             ]
         )
 
-    def negligible(self) -> str:
+    def negligible(self) -> Word:
         """Return the verdict on a claim that the two differ little: in both within the margins.
 
         It is reversed where either lies beyond its margin.
@@ -65,7 +66,7 @@ class Contrast:
             negligible(estimate(self.accuracy), ACCURACY_MARGIN),
             negligible(estimate(self.steps), STEPS_MARGIN),
         ]
-        return "reversed" if "reversed" in words else all_of(words)
+        return Word.REVERSED if Word.REVERSED in words else all_of(words)
 
     def told(self) -> str:
         """Return both effects in words."""
@@ -82,7 +83,7 @@ class Contrast:
                 (self.accuracy, ACCURACY_MARGIN),
                 (self.steps, STEPS_MARGIN),
             )
-            if matters(estimate(values), margin) == "inconclusive"
+            if matters(estimate(values), margin) == Word.INCONCLUSIVE
         ]
         known = [n for n in open_ if n is not None]
         return settling(max(known) if known and len(known) == len(open_) else None)

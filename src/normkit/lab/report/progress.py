@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from normkit.lab.results.measures import duration
-from normkit.lab.results.verdict import TOO_FEW, Verdict
+from normkit.lab.results.verdict import TOO_FEW, Verdict, Word
 from normkit.lab.study import Findings
 from normkit.lab.training.train import Report, Task
 
@@ -286,6 +286,6 @@ def _print_findings(findings: Findings, report: str) -> None:
 
 
 def _print_end(console: Any, verdicts: Sequence[Verdict], report: str) -> None:
-    if any(verdict.word == "range only" for verdict in verdicts):
+    if any(verdict.word == Word.RANGE_ONLY for verdict in verdicts):
         console.print(f"\n{TOO_FEW}", markup=False)
     console.print(f"\nReport: {report}", markup=False, soft_wrap=True)

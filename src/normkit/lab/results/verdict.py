@@ -17,6 +17,7 @@ heavy-tailed ones.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
@@ -47,16 +48,22 @@ class Estimate:
         return self.n < FEWEST
 
 
+class Word(StrEnum):
+    """What became of a claim; LITTLE_DIFFERENCE where it says that an effect is large."""
+
+    HOLDS = "holds"
+    REVERSED = "reversed"
+    INCONCLUSIVE = "inconclusive"
+    RANGE_ONLY = "range only"
+    LITTLE_DIFFERENCE = "little difference"
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """One claim's outcome in a word, and the sentence with the numbers that decide it.
-
-    `word` is "holds", "reversed", "inconclusive", "range only", or, where a claim says that an
-    effect is large, "little difference".
-    """
+    """One claim's outcome in a word, and the sentence with the numbers that decide it."""
 
     claim: str
-    word: str
+    word: Word
     because: str
 
 
@@ -84,69 +91,69 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(median, float(interval.low), float(interval.high), n)
 
 
-def word(effect: Estimate, margin: float = 0.0) -> str:
+def word(effect: Estimate, margin: float = 0.0) -> Word:
     """Return the verdict on an effect that the claim says is positive.
 
     "holds" when its whole interval lies above `margin`, "reversed" when it lies below `-margin`,
     "range only" for fewer than six pairs, else "inconclusive".
     """
     if effect.is_range:
-        return "range only"
+        return Word.RANGE_ONLY
     if effect.low > margin:
-        return "holds"
+        return Word.HOLDS
     if effect.high < -margin:
-        return "reversed"
-    return "inconclusive"
+        return Word.REVERSED
+    return Word.INCONCLUSIVE
 
 
-def negligible(effect: Estimate, margin: float) -> str:
+def negligible(effect: Estimate, margin: float) -> Word:
     """Return the verdict on an effect that the claim says is small.
 
     "holds" when its whole interval lies within `margin` of zero, "reversed" when it lies beyond,
     "range only" for fewer than six pairs, else "inconclusive".
     """
     if effect.is_range:
-        return "range only"
+        return Word.RANGE_ONLY
     if -margin < effect.low and effect.high < margin:
-        return "holds"
+        return Word.HOLDS
     if effect.low > margin or effect.high < -margin:
-        return "reversed"
-    return "inconclusive"
+        return Word.REVERSED
+    return Word.INCONCLUSIVE
 
 
-def matters(effect: Estimate, margin: float) -> str:
+def matters(effect: Estimate, margin: float) -> Word:
     """Return the verdict on an effect that the claim says is positive and not small.
 
     "holds" when its whole interval lies above `margin`, "reversed" when it lies below `-margin`,
     "little difference" when it lies between, "range only" for fewer than six pairs, else
     "inconclusive".
     """
-    if negligible(effect, margin) == "holds":
-        return "little difference"
+    if negligible(effect, margin) == Word.HOLDS:
+        return Word.LITTLE_DIFFERENCE
     return word(effect, margin)
 
 
-def all_of(words: Sequence[str]) -> str:
+def all_of(words: Sequence[Word]) -> Word:
     """Return the verdict on a claim of several parts: the word that all of them have.
 
     Parts of different words are "inconclusive", "range only" with too few seeds.
     """
-    if "range only" in words:
-        return "range only"
-    return words[0] if len(set(words)) == 1 else "inconclusive"
+    if Word.RANGE_ONLY in words:
+        return Word.RANGE_ONLY
+    return words[0] if len(set(words)) == 1 else Word.INCONCLUSIVE
 
 
-def any_of(words: Sequence[str]) -> str:
+def any_of(words: Sequence[Word]) -> Word:
     """Return the verdict on a claim for which one of several effects is enough, by `matters`.
 
     "holds" or "reversed" where some are and none is the other; "little difference" where all are.
     """
-    if "range only" in words:
-        return "range only"
-    decided = {word for word in words if word in ("holds", "reversed")}
+    if Word.RANGE_ONLY in words:
+        return Word.RANGE_ONLY
+    decided = {word for word in words if word in (Word.HOLDS, Word.REVERSED)}
     if len(decided) == 1:
         return decided.pop()
-    return "little difference" if set(words) == {"little difference"} else "inconclusive"
+    return Word.LITTLE_DIFFERENCE if set(words) == {Word.LITTLE_DIFFERENCE} else Word.INCONCLUSIVE
 
 
 def seeds_to_settle(values: Sequence[float], margin: float = 0.0) -> int | None:
@@ -191,7 +198,7 @@ def settling(n: int | None) -> str:
 class Comparison:
     """One of a family of paired comparisons: the verdict's word, and its p value after Holm."""
 
-    word: str
+    word: Word
     p: float
     effect: Estimate
 
@@ -226,12 +233,12 @@ def _t_test(values: Sequence[float], margin: float) -> float:
     return float(2 * stats.t.sf(beyond / (deviation / len(array) ** 0.5), len(array) - 1))
 
 
-def _called(values: Sequence[float], p: float) -> str:
+def _called(values: Sequence[float], p: float) -> Word:
     if len(values) < FEWEST:
-        return "range only"
+        return Word.RANGE_ONLY
     if p > 1 - CONFIDENCE:
-        return "inconclusive"
-    return "holds" if np.mean(values) > 0 else "reversed"
+        return Word.INCONCLUSIVE
+    return Word.HOLDS if np.mean(values) > 0 else Word.REVERSED
 
 
 def smoothed(accuracy: Sequence[float]) -> list[float]:

@@ -35,7 +35,7 @@ from normkit.lab.report.contrast import REACHED, Contrast, contrast, contrast_fi
 from normkit.lab.report.figures import Axis, lines, over_seeds
 from normkit.lab.results.measures import VALIDATION, percent, tested
 from normkit.lab.results.store import Run
-from normkit.lab.results.verdict import Verdict, estimate, headline
+from normkit.lab.results.verdict import Verdict, Word, estimate, headline
 from normkit.lab.study import Evidence, Figure, Findings, Study
 from normkit.lab.training.arms import Arm
 from normkit.lab.training.config import Config
@@ -164,7 +164,7 @@ def _verdict(evidence: Evidence, claim: str, pair: Contrast) -> Verdict:
         f"{where} accuracy at the best rates is {' and '.join(parts)}. By seed, the first has "
         f"{pair.told()}."
     )
-    if outcome == "inconclusive":
+    if outcome == Word.INCONCLUSIVE:
         text += pair.settled_by()
     return Verdict(claim, outcome, text)
 

@@ -34,7 +34,15 @@ from torch import Tensor, nn
 from normkit.lab.report.figures import Axis, Interval, Line, intervals, panels
 from normkit.lab.results.measures import interval, paired, percent, points, tested
 from normkit.lab.results.store import Run
-from normkit.lab.results.verdict import Estimate, Verdict, estimate, headline, settled_by, word
+from normkit.lab.results.verdict import (
+    Estimate,
+    Verdict,
+    Word,
+    estimate,
+    headline,
+    settled_by,
+    word,
+)
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
 from normkit.lab.training.arms import Arm, renorm_schedule
 from normkit.lab.training.config import Config
@@ -166,7 +174,7 @@ def judge(evidence: Evidence) -> Findings:
             f"{points(-fall.median)} points ({interval(_negative(fall), points)}) at tuned rates, "
             f"by {points(-fixed.median)} at the linearly scaled ones."
         )
-        if outcome == "inconclusive":
+        if outcome == Word.INCONCLUSIVE:
             text += settled_by(beyond)
         claim = f"{label.capitalize()} {'needs' if needs else 'does without'} a large batch"
         verdicts.append(Verdict(claim, outcome, text))

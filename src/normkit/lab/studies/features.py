@@ -31,13 +31,14 @@ History: fixed before the first study.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normkit.lab.numerics import condition_number, deviation_ratio, unevenness
 from normkit.lab.report.figures import Axis, Interval, Mark, intervals, lines, maps, over_seeds
 from normkit.lab.results.measures import (
     VALIDATION,
@@ -55,6 +56,7 @@ from normkit.lab.results.measures import (
 from normkit.lab.results.store import Run
 from normkit.lab.results.verdict import (
     Verdict,
+    Word,
     all_of,
     compare,
     estimate,
@@ -67,7 +69,7 @@ from normkit.lab.training.arms import Arm
 from normkit.lab.training.config import Config
 from normkit.lab.training.data import Data, scaled
 from normkit.lab.training.models import build, layers
-from normkit.lab.training.probe import Probe, hessian
+from normkit.lab.training.probe import Probe
 
 ARMS = (
     Arm("standardized", "standardized", options={"inputs": "standardized"}),
@@ -83,8 +85,6 @@ ONE_RANGE = 2.0
 MOST_FEATURES = 2000
 """With more, inputs are neither whitened nor their eigenvalues computed."""
 _SAMPLES = 500
-_LANCZOS_STEPS = 30
-_LANCZOS_STARTS = 4
 _CONTOUR = np.linspace(-6.0, 6.0, 25)
 
 
@@ -114,91 +114,13 @@ def finish(at: Probe) -> dict[str, Any]:
     found: dict[str, Any] = {
         "start": unevenness(start, x, y, at.seed),
         "end": unevenness(at.model, x, y, at.seed),
-        "spread": spread(at.data.train[0]),
+        "spread": deviation_ratio(at.data.train[0]),
     }
     if at.seed == 0 and x[0].numel() <= MOST_FEATURES:
-        found["condition"] = condition(at.data.train[0])
+        found["condition"] = condition_number(at.data.train[0])
     if at.seed == 0 and at.arm.norm == "none" and at.config.inputs in ("raw", "standardized"):
         found["contour"] = contour(at)
     return found
-
-
-def unevenness(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> float:
-    """Return the Hessian's largest over its mean absolute eigenvalue.
-
-    max |λ| / ((1 / n) Σ |λ|), of the mean cross entropy over (x, y) and all n weights: 1 where all
-    directions are curved alike, n where one alone is. By stochastic Lanczos quadrature: 30 steps
-    from each of 4 vectors of random signs, without reorthogonalization, which repeats eigenvalues
-    but changes neither the largest nor the mean. Holds three vectors besides the gradient. 1 for a
-    Hessian of zeros.
-
-    Source: Ghorbani, Krishnan & Xiao 2019 (arXiv 1901.10159) for the quadrature. The inverse over
-    n is the intrinsic dimension of |H| (Tropp 2015, arXiv 1501.01571).
-    """
-    weights = [p for p in model.parameters() if p.requires_grad]
-    product = hessian(nn.functional.cross_entropy(model(x), y), weights)
-    size = sum(weight.numel() for weight in weights)
-    generator = torch.Generator().manual_seed(seed)
-    largest, means = 0.0, []
-    for _ in range(_LANCZOS_STARTS):
-        signs = 2.0 * torch.randint(0, 2, (size,), generator=generator) - 1.0
-        values, shares = lanczos(product, signs.to(weights[0]), _LANCZOS_STEPS)
-        largest = max(largest, float(np.abs(values).max()))
-        means.append(float(np.abs(values) @ shares))
-    mean = float(np.mean(means))
-    return largest / mean if mean > 0 else 1.0
-
-
-def lanczos(
-    product: Callable[[Tensor], Tensor], start: Tensor, steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return nodes and weights of the quadrature of v'f(A)v / v'v, v = `start`, A symmetric.
-
-    The nodes are the eigenvalues of the tridiagonal matrix after at most `steps` products with A,
-    the weights, of sum 1, the squared first entries of its eigenvectors (Golub & Welsch 1969).
-    """
-    vector = start / start.norm()
-    before = torch.zeros_like(vector)
-    diagonal: list[float] = []
-    beside: list[float] = []
-    link = 0.0
-    for _ in range(min(steps, len(start))):
-        image = product(vector).sub_(before, alpha=link)
-        diagonal.append(float(image @ vector))
-        image.sub_(vector, alpha=diagonal[-1])
-        link = float(image.norm())
-        # An invariant subspace has been found: what is left is rounding.
-        if link <= 1e-6 * max(map(abs, diagonal)):
-            break
-        beside.append(link)
-        before, vector = vector, image.div_(link)
-    n = len(diagonal)
-    matrix = np.diag(diagonal) + np.diag(beside[: n - 1], 1) + np.diag(beside[: n - 1], -1)
-    values, vectors = np.linalg.eigh(matrix)
-    return values, vectors[0] ** 2
-
-
-def spread(x: Tensor) -> float:
-    """Return the largest over the smallest deviation of the features (an image's channels).
-
-    x: (N, C, *). Features that don't vary are left out.
-    """
-    deviation = x.double().std([0, *range(2, x.ndim)], correction=0)
-    varying = deviation[deviation > 1e-6 * deviation.max()]
-    return float(varying.max() / varying.min()) if len(varying) else 1.0
-
-
-def condition(x: Tensor) -> float:
-    """Return the condition number of the inputs: that of E[(x, 1) (x, 1)'].
-
-    It is the Hessian of a linear unit with a bias under squared error (LeCun, Kanter & Solla 1991).
-    Largest over smallest eigenvalue, without those that are 0 to rounding. x: (N, ...).
-    """
-    flat = x.double().flatten(1)
-    flat = torch.cat([flat, flat.new_ones(len(flat), 1)], 1)
-    values = torch.linalg.eigvalsh(flat.T @ flat / len(flat))
-    kept = values[values > len(values) * torch.finfo(values.dtype).eps * values.max()]
-    return float(kept.max() / kept.min())
 
 
 def contour(at: Probe) -> dict[str, Any] | None:
@@ -311,7 +233,7 @@ def _fewer_steps(
         f"{count(standard)}: {said(effect, times, '×')} as many with raw inputs. At one rate, "
         f"{config.lr:g}, they end at {accuracy[0]:.1%} and {accuracy[1]:.1%} test accuracy."
     )
-    if outcome == "inconclusive":
+    if outcome == Word.INCONCLUSIVE:
         text += settled_by(values)
     return Verdict("Fewer steps", outcome, text + _ONE_RANGE * one_range)
 
@@ -323,7 +245,7 @@ def _rounder(tuned: Mapping[str, Sequence[Run]], one_range: bool) -> Verdict:
         values = paired(tuned["raw"], tuned["standardized"], measure)
         effects[when] = [value for value in values if math.isfinite(value)]
     if not all(effects.values()):
-        return Verdict("Rounder surface", "inconclusive", "No pair of runs that both finished.")
+        return Verdict("Rounder surface", Word.INCONCLUSIVE, "No pair of runs that both finished.")
     found = {when: estimate(values) for when, values in effects.items()}
     words = {when: word(effect) for when, effect in found.items()}
     outcome = all_of(list(words.values()))
@@ -332,8 +254,8 @@ def _rounder(tuned: Mapping[str, Sequence[Run]], one_range: bool) -> Verdict:
         f"{said(found['start'], times, '×')} that with standardized ones at the start of training, "
         f"where the weights are the same, and {said(found['end'], times, '×')} at its end."
     )
-    open_ = [effects[when] for when in words if words[when] == "inconclusive"]
-    if outcome == "inconclusive":
+    open_ = [effects[when] for when in words if words[when] == Word.INCONCLUSIVE]
+    if outcome == Word.INCONCLUSIVE:
         text += max(map(settled_by, open_), key=len) if open_ else " The two disagree."
     return Verdict("Rounder surface", outcome, text + _ONE_RANGE * one_range)
 
@@ -367,7 +289,7 @@ def _rows(
         faster = told = ""
         if arm.name in compared:
             faster = said(compared[arm.name].effect, times, "×")
-            told = {"holds": "slower", "reversed": "faster"}.get(
+            told = {Word.HOLDS: "slower", Word.REVERSED: "faster"}.get(
                 compared[arm.name].word, compared[arm.name].word
             )
             told += f", p = {compared[arm.name].p:.2g}"

@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from normkit.lab.report.figures import Axis, Line, lines, panels
 from normkit.lab.results.measures import interval, percent, points, said
 from normkit.lab.results.store import Run
-from normkit.lab.results.verdict import Verdict, estimate, headline, negligible, settled_by, word
+from normkit.lab.results.verdict import (
+    Verdict,
+    Word,
+    estimate,
+    headline,
+    negligible,
+    settled_by,
+    word,
+)
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
 from normkit.lab.training.arms import Arm
 from normkit.lab.training.config import Config
@@ -224,13 +232,13 @@ def _verdicts(runs: Sequence[Run]) -> list[Verdict]:
     def small(claim: str, values: list[float], text: str) -> Verdict:
         effect = estimate(values)
         called = negligible(effect, MARGIN)
-        tail = settled_by([MARGIN - abs(v) for v in values]) if called == "inconclusive" else ""
+        tail = settled_by([MARGIN - abs(v) for v in values]) if called == Word.INCONCLUSIVE else ""
         return Verdict(claim, called, f"{text} {said(effect, points, ' points')}.{tail}")
 
     def large(claim: str, values: list[float], text: str) -> Verdict:
         effect = estimate(values)
         called = word(effect, MARGIN)
-        tail = settled_by(values, MARGIN) if called == "inconclusive" else ""
+        tail = settled_by(values, MARGIN) if called == Word.INCONCLUSIVE else ""
         return Verdict(claim, called, f"{text} {said(effect, points, ' points')}.{tail}")
 
     few = len(runs) < 6
@@ -250,7 +258,7 @@ def _verdicts(runs: Sequence[Run]) -> list[Verdict]:
         ),
         Verdict(
             "Single samples work",
-            "range only" if few else "holds" if worst < ROUNDING else "reversed",
+            Word.RANGE_ONLY if few else Word.HOLDS if worst < ROUNDING else Word.REVERSED,
             "With running averages, the scores of samples that come one at a time differ from "
             f"those in a batch by at most {worst:.1e} of the largest score, in any of "
             f"{len(runs)} runs.",

@@ -66,6 +66,7 @@ from normkit.lab.results.store import Run
 from normkit.lab.results.verdict import (
     Estimate,
     Verdict,
+    Word,
     all_of,
     estimate,
     headline,
@@ -237,7 +238,7 @@ def shift(run: Run, kind: str) -> float:
     return float(np.mean(np.log(np.maximum(values, _TINY)) if logarithmic else values))
 
 
-def not_less(effect: Estimate, margin: float) -> str:
+def not_less(effect: Estimate, margin: float) -> Word:
     """Return the verdict on a claim that an effect is not below `-margin`.
 
     "holds" when its whole interval lies above `-margin`, "reversed" when it lies below, "range
@@ -316,8 +317,8 @@ def _smoother(runs: Mapping[str, Sequence[Run]], tuned: Mapping[str, Sequence[Ru
         for curve in ROUGHNESS
     ]
     text += f" At each one's best rate: {', '.join(f'{value}×' for value in best)}."
-    if outcome == "inconclusive":
-        open_ = [v for v in effects.values() if word(estimate(v)) == "inconclusive"]
+    if outcome == Word.INCONCLUSIVE:
+        open_ = [v for v in effects.values() if word(estimate(v)) == Word.INCONCLUSIVE]
         text += max(map(settled_by, open_), key=len) if open_ else " The three disagree."
     return Verdict("Smoother surface", outcome, text)
 
@@ -327,7 +328,7 @@ def _not_less_shift(runs: Mapping[str, Sequence[Run]]) -> Verdict:
     distance = _finite(paired(runs["batch"], runs["none"], lambda run: shift(run, "ics_l2")))
     turned = _finite(paired(runs["none"], runs["batch"], lambda run: shift(run, "ics_cosine")))
     if not distance or not turned:
-        return Verdict(claim, "inconclusive", "No pair of runs that both finished.")
+        return Verdict(claim, Word.INCONCLUSIVE, "No pair of runs that both finished.")
     l2, cosine = estimate(distance), estimate(turned)
     outcome = all_of([not_less(l2, ICS_MARGIN), not_less(cosine, COSINE_MARGIN)])
     relative = _finite(paired(runs["batch"], runs["none"], lambda run: shift(run, "ics_relative")))
@@ -336,7 +337,7 @@ def _not_less_shift(runs: Mapping[str, Sequence[Run]]) -> Verdict:
         f"distance when the layers below step, {times(estimate(relative).median)}× relative to its "
         f"own length; its cosine to what it was is lower by {said(cosine, _decimal)}."
     )
-    if outcome == "inconclusive":
+    if outcome == Word.INCONCLUSIVE:
         text += settled_by([value + ICS_MARGIN for value in distance])
     return Verdict(claim, outcome, text)
 
@@ -357,7 +358,7 @@ def _noisy(
         f"{said(effect, points)} points. To the target it takes {said(slower, times, '×')} batch "
         f"norm's steps; no norm takes {said(faster, times, '×')} its own."
     )
-    if outcome == "inconclusive":
+    if outcome == Word.INCONCLUSIVE:
         text += settled_by([value + ACCURACY_MARGIN for value in values])
     return Verdict("With noise it trains nearly as well", outcome, text)
 
@@ -383,7 +384,7 @@ def _detached(
         f"rates. At the one rate its effective beta is {said(beta, times, '×')} batch norm's, and "
         f"{gone} of {len(runs['detached'])} runs diverged."
     )
-    if outcome == "inconclusive":
+    if outcome == Word.INCONCLUSIVE:
         text += settled_by(values)
     return Verdict("The gradient through the statistics matters", outcome, text)
 

@@ -43,6 +43,7 @@ from normkit.lab.results.verdict import (
     Comparison,
     Estimate,
     Verdict,
+    Word,
     compare,
     estimate,
     headline,
@@ -277,37 +278,37 @@ def _wider(none: Reached, batch: Reached, size: int) -> Verdict:
     )
     if ends := sum(reach.high >= math.log10(FACTORS[-1]) for reach in batch.values()):
         text += f" With batch norm {ends} of {len(values)} ranges go to the end of the grid."
-    if outcome == "inconclusive":
+    if outcome == Word.INCONCLUSIVE:
         text += settling(seeds_to_place(values, WIDTH_MARGIN))
     return Verdict(f"Wider range at batches of {size}", outcome, text)
 
 
-def compared_rates(effect: Estimate) -> str:
-    """Return "similar", "larger" or "smaller" of a log10 ratio of best rates, by the rule.
+def larger_rate(effect: Estimate) -> Word:
+    """Return the verdict on a log10 ratio of best rates that the claim says is positive.
 
-    Else "inconclusive", or "range only" for fewer than six pairs.
+    LITTLE_DIFFERENCE where the whole interval lies within one step of the grid.
     """
-    if negligible(effect, ONE_STEP) == "holds":
-        return "similar"
-    return {"holds": "larger", "reversed": "smaller"}.get(found := word(effect), found)
+    if negligible(effect, ONE_STEP) == Word.HOLDS:
+        return Word.LITTLE_DIFFERENCE
+    return word(effect)
 
 
 def _best_rate(none: Reached, batch: Reached, size: int, config: Config) -> Verdict:
     values = _by_seed(batch, none, "best")
-    found = compared_rates(estimate(values))
+    outcome = larger_rate(estimate(values))
     if size == config.batch_size:
         claim = f"Larger best rate at batches of {size}"
-        words = {"larger": "holds", "smaller": "reversed", "similar": "little difference"}
     else:
         claim = f"Similar best rate at batches of {size}"
-        words = {"similar": "holds", "larger": "reversed", "smaller": "reversed"}
-    outcome = words.get(found, found)
+        outcome = {Word.LITTLE_DIFFERENCE: Word.HOLDS, Word.HOLDS: Word.REVERSED}.get(
+            outcome, outcome
+        )
     best = [_rate(config, estimate(_each(reached, "best")).median) for reached in (batch, none)]
     text = (
         f"The best rate is {best[0]} with batch norm and {best[1]} without, by the median; by seed "
         f"it is {said(estimate(values), _times, '×')} as large with."
     )
-    if outcome == "inconclusive":
+    if outcome == Word.INCONCLUSIVE:
         text += settling(seeds_to_place(values, ONE_STEP))
     return Verdict(claim, outcome, text)
 
@@ -317,7 +318,7 @@ def _row(config: Config, label: str, reached: Reached, told: Comparison | None) 
         return said(estimate(_each(reached, what)), lambda log: _rate(config, log))
 
     widths = estimate(_each(reached, "width"))
-    words = {"holds": "wider", "reversed": "narrower"}
+    words = {Word.HOLDS: "wider", Word.REVERSED: "narrower"}
     return [
         label,
         said(widths, lambda value: f"{value:.2f}"),

@@ -37,7 +37,7 @@ from normkit.lab.results.measures import (
     tested,
 )
 from normkit.lab.results.store import Run
-from normkit.lab.results.verdict import Verdict, compare, estimate, headline, settled_by
+from normkit.lab.results.verdict import Verdict, Word, compare, estimate, headline, settled_by
 from normkit.lab.study import Evidence, Figure, Findings, Study
 from normkit.lab.training.arms import Arm, renorm_schedule
 from normkit.lab.training.config import Config
@@ -181,13 +181,13 @@ STUDY = Study(
 
 def _helps(compared: Mapping[str, Any], labels: Mapping[str, str]) -> Verdict:
     words = {name: found.word for name, found in compared.items()}
-    better = [labels[name] for name, found in words.items() if found == "holds"]
-    worse = [labels[name] for name, found in words.items() if found == "reversed"]
-    if "range only" in words.values():
-        called = "range only"
+    better = [labels[name] for name, found in words.items() if found == Word.HOLDS]
+    worse = [labels[name] for name, found in words.items() if found == Word.REVERSED]
+    if Word.RANGE_ONLY in words.values():
+        called = Word.RANGE_ONLY
     else:
         every = len(worse) == len(words)
-        called = "holds" if better else "reversed" if every else "inconclusive"
+        called = Word.HOLDS if better else Word.REVERSED if every else Word.INCONCLUSIVE
     text = (
         f"Better than no norm in test accuracy: {', '.join(better) or 'none'}; worse: "
         f"{', '.join(worse) or 'none'}; of {len(words)} compared."
@@ -213,17 +213,17 @@ def _best(
             continue
         ahead = f"{first}/{other}" in found
         word = found[f"{first}/{other}" if ahead else f"{other}/{first}"].word
-        if word == "range only":
+        if word == Word.RANGE_ONLY:
             return Verdict(claim, word, f"{labels[first].capitalize()} has {having} on average.")
-        if word != ("holds" if ahead else "reversed"):
+        if word != (Word.HOLDS if ahead else Word.REVERSED):
             unbeaten.append(labels[other])
             values = [x - y for x, y in zip(merits[first], merits[other], strict=True)]
     text = f"{labels[first].capitalize()} has {having} on average"
     if not unbeaten:
-        return Verdict(claim, "holds", f"{text}, and is told apart from every other arm.")
+        return Verdict(claim, Word.HOLDS, f"{text}, and is told apart from every other arm.")
     tail = settled_by(values) if len(unbeaten) == 1 else ""
     text += f", but can't be told apart from {', '.join(unbeaten)}.{tail}"
-    return Verdict(claim, "inconclusive", text)
+    return Verdict(claim, Word.INCONCLUSIVE, text)
 
 
 def _quickness(

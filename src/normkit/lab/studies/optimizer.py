@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from normkit.lab.numerics import POWER_ITERATIONS, curvature
 from normkit.lab.report.contrast import STEPS_MARGIN
 from normkit.lab.report.figures import (
     ACCURACY,
@@ -65,6 +66,7 @@ from normkit.lab.results.verdict import (
     Comparison,
     Estimate,
     Verdict,
+    Word,
     compare,
     estimate,
     headline,
@@ -78,13 +80,12 @@ from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
 from normkit.lab.training.arms import Arm
 from normkit.lab.training.config import OPTIMIZERS, Config
 from normkit.lab.training.data import Data
-from normkit.lab.training.probe import Probe, hessian
+from normkit.lab.training.probe import Probe
 
 NAMES = {"sgd": "SGD", "momentum": "momentum", "rmsprop": "RMSProp", "adam": "Adam"}
 NETWORKS = {"none": "no norm", "batch": "batch norm"}
 COLOURS = {"sgd": 0, "momentum": 2, "rmsprop": 3, "adam": 5}
 _BATCHES = 4
-_ITERATIONS = 12
 
 
 def arms(config: Config, data: Data) -> list[Arm]:
@@ -122,24 +123,6 @@ def probe(at: Probe) -> dict[str, float]:
     loss = torch.stack(losses).mean()
     weights = [p for p in at.model.parameters() if p.requires_grad]
     return {"sample_loss": float(loss.detach()), "curvature": curvature(loss, weights)}
-
-
-def curvature(loss: torch.Tensor, weights: Sequence[torch.Tensor]) -> float:
-    """Return the largest absolute eigenvalue of the loss's Hessian, by twelve power iterations.
-
-    That is the length of H v, v the normalized vector of the step before, from a random start; it
-    is never above the eigenvalue.
-    """
-    product = hessian(loss, weights)
-    size = sum(weight.numel() for weight in weights)
-    vector = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(weights[0])
-    length = vector.norm()
-    for _ in range(_ITERATIONS):
-        vector = product(vector.div_(length))
-        length = vector.norm()
-        if not length > 0:
-            return 0.0
-    return float(length)
 
 
 def at_loss(run: Run, level: float) -> float:
@@ -255,8 +238,8 @@ def judge(evidence: Evidence) -> Findings:
             "tuned, and at the best of a grid around it, at which the claims are judged.",
             "Curvature: the largest eigenvalue of the Hessian of the training loss in all weights, "
             f"on the same {_BATCHES} batches of {config.batch_size} each time, training mode, by "
-            f"{_ITERATIONS} power iterations. All arms of a seed are compared at the lowest loss "
-            "that each of them reached"
+            f"{POWER_ITERATIONS} power iterations. All arms of a seed are compared at the lowest "
+            "loss that each of them reached"
             + (
                 f", a median of {estimate([s.level for s in seeds.values()]).median:.3g}."
                 if seeds
@@ -295,28 +278,28 @@ def _way_down(
     target: float,
 ) -> Verdict:
     claim = "Optimizers change the way down"
-    told = {"holds": "faster", "reversed": "slower"}
+    told = {Word.HOLDS: "faster", Word.REVERSED: "slower"}
     found = [
         f"{labels[name]} {said(each.effect, times, '×')}, {told[each.word]}"
         for name, each in compared.items()
         if each.word in told
     ]
     little = [negligible(each.effect, STEPS_MARGIN) for each in compared.values()]
-    if "range only" in little:
-        outcome = "range only"
+    if Word.RANGE_ONLY in little:
+        outcome = Word.RANGE_ONLY
     elif found:
-        outcome = "holds"
+        outcome = Word.HOLDS
     else:
-        outcome = "little difference" if set(little) == {"holds"} else "inconclusive"
+        outcome = Word.LITTLE_DIFFERENCE if set(little) == {Word.HOLDS} else Word.INCONCLUSIVE
     text = f"Steps to {percent(target)} at the best rates, SGD's over the other's: " + (
         "; ".join(found) or "none can be told from SGD by a test corrected for all of them"
     )
     text += "."
-    if outcome == "inconclusive":
+    if outcome == Word.INCONCLUSIVE:
         open_ = [
             seeds_to_place(values, STEPS_MARGIN)
             for values in quicker.values()
-            if negligible(estimate(values), STEPS_MARGIN) == "inconclusive"
+            if negligible(estimate(values), STEPS_MARGIN) == Word.INCONCLUSIVE
         ]
         known = [n for n in open_ if n is not None]
         text += settling(max(known) if len(known) == len(open_) else None)
@@ -327,7 +310,9 @@ def _surface(seeds: Mapping[int, Matched], runs: int) -> Verdict | None:
     claim = "Normalization changes the surface more"
     values = [seed.excess() for seed in seeds.values() if len(seed.curvatures) > len(NETWORKS)]
     if not values:
-        return Verdict(claim, "inconclusive", "No seed whose runs all finished.") if runs else None
+        return (
+            Verdict(claim, Word.INCONCLUSIVE, "No seed whose runs all finished.") if runs else None
+        )
     norm = estimate([float(np.abs(seed.by_norm()).mean()) for seed in seeds.values()])
     optimizer = estimate([float(np.abs(seed.by_optimizer()).mean()) for seed in seeds.values()])
     signed = estimate([float(np.mean(seed.by_norm())) for seed in seeds.values()])
@@ -339,7 +324,7 @@ def _surface(seeds: Mapping[int, Matched], runs: int) -> Verdict | None:
         f"one optimizer to another, on average; the first is {said(effect, times, '×')} the "
         f"second. Without norm it is {said(signed, times, '×')} that with batch norm."
     )
-    if outcome == "inconclusive":
+    if outcome == Word.INCONCLUSIVE:
         text += settled_by(values)
     return Verdict(claim, outcome, text)
 
@@ -360,7 +345,7 @@ def _row(
     runs, tuned = evidence.runs[arm.name], evidence.tuned[arm.name]
     rate = _own_rate(evidence.config, arm)
     faster = compared.get(arm.name)
-    told = {"holds": "faster", "reversed": "slower"}
+    told = {Word.HOLDS: "faster", Word.REVERSED: "slower"}
     curved = _curvatures(seeds, arm)
     return [
         arm.label,

@@ -36,7 +36,7 @@ from normkit.lab.report.contrast import REACHED, Contrast, contrast, contrast_fi
 from normkit.lab.report.figures import ACCURACY, Axis, Line, over_seeds, panels
 from normkit.lab.results.measures import VALIDATION, percent, tested
 from normkit.lab.results.store import Run
-from normkit.lab.results.verdict import Verdict, estimate, headline
+from normkit.lab.results.verdict import Verdict, Word, estimate, headline
 from normkit.lab.study import Evidence, Figure, Findings, NotApplicable, Study
 from normkit.lab.training.arms import Arm
 from normkit.lab.training.config import Config
@@ -171,7 +171,7 @@ def _verdict(evidence: Evidence, activation: str, pair: Contrast) -> Verdict:
         f"At the best rates test accuracy is {percent(before)} with the norm before and "
         f"{percent(after)} with it after {LABELS[activation]}. By seed, before has {pair.told()}."
     )
-    if outcome == "inconclusive":
+    if outcome == Word.INCONCLUSIVE:
         text += pair.settled_by()
     claim = "Before is better with" if sigmoid else "Little difference with"
     return Verdict(f"{claim} {LABELS[activation]}", outcome, text)

@@ -47,7 +47,7 @@ from normkit.lab.results.measures import (
     times,
 )
 from normkit.lab.results.store import Run
-from normkit.lab.results.verdict import Estimate, Verdict, all_of, estimate, headline, word
+from normkit.lab.results.verdict import Estimate, Verdict, Word, all_of, estimate, headline, word
 from normkit.lab.study import Evidence, Figure, Findings, Study
 from normkit.lab.training.arms import Arm
 from normkit.lab.training.config import Config
@@ -171,16 +171,16 @@ def _larger_rates(runs: Mapping[str, Sequence[Run]]) -> Verdict | None:
             f"points with batch norm and by {points(-without.median)} without: "
             f"{points(effect.median)} in its favour ({interval(effect, points)})."
         )
-    decided = words - {"inconclusive"}
-    outcome = decided.pop() if len(decided) == 1 else "inconclusive"
+    decided = words - {Word.INCONCLUSIVE}
+    outcome = decided.pop() if len(decided) == 1 else Word.INCONCLUSIVE
     return Verdict("Larger rates", outcome, " ".join(sentences))
 
 
-def _borne(effect: Estimate, with_norm: Estimate, without: Estimate) -> str:
+def _borne(effect: Estimate, with_norm: Estimate, without: Estimate) -> Word:
     """Return the verdict at one raised rate; who wins by breaking less has not borne the rate."""
     found = word(effect, MARGIN)
-    winner = {"holds": with_norm, "reversed": without}.get(found)
-    return "inconclusive" if winner is not None and winner.low > MARGIN else found
+    winner = {Word.HOLDS: with_norm, Word.REVERSED: without}.get(found)
+    return Word.INCONCLUSIVE if winner is not None and winner.low > MARGIN else found
 
 
 def accuracy_falls(base: Sequence[Run], raised: Sequence[Run]) -> dict[int, float]:
@@ -197,8 +197,8 @@ def _sigmoids(config: Config, runs: Mapping[str, Sequence[Run]]) -> Verdict | No
     ahead = [estimate(paired(runs[ours], runs[other])) for other in theirs]
     behind = estimate(paired(runs["none"], runs[ours]))
     outcome = all_of([word(effect, MARGIN) for effect in ahead])
-    if outcome == "holds" and behind.low > BEHIND:
-        outcome = "inconclusive"
+    if outcome == Word.HOLDS and behind.low > BEHIND:
+        outcome = Word.INCONCLUSIVE
     with_norm, *without = (estimate([tested(run) for run in runs[arm]]) for arm in (ours, *theirs))
     text = (
         f"With sigmoids and 5 times the rate, batch norm reaches {said(with_norm, percent)} test "
@@ -214,12 +214,12 @@ def _control(config: Config, reached: Mapping[str, Mapping[int, float]]) -> Verd
     effect = _speedup(config, reached, "none-again")
     found = word(effect)
     text = f"The same network with other seeds: {said(effect, times, '×')} as many steps"
-    if found in ("holds", "reversed"):
+    if found in (Word.HOLDS, Word.REVERSED):
         text += (
             ", though there is no effect to find. By the rule this happens in at most 1 of 20 "
             "studies; read the other verdicts with that doubt, or add seeds."
         )
-    elif found == "inconclusive":
+    elif found == Word.INCONCLUSIVE:
         text += ", as it must be where there is no effect."
     else:
         text += "."

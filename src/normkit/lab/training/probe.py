@@ -1,10 +1,10 @@
 """Look at a network in the middle of its training, and leave no trace of having looked."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -62,24 +62,3 @@ def untouched(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
             for group, before in zip(optimizer.param_groups, groups, strict=True):
                 group.clear()
                 group.update(before)
-
-
-def flat(tensors: Any) -> torch.Tensor:
-    """Return all values of the tensors in one vector, zeros for a gradient that is None."""
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-def hessian(
-    loss: torch.Tensor, weights: Sequence[torch.Tensor]
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the product of a loss's Hessian in all `weights` with a vector, v -> H v.
-
-    Source: Pearlmutter 1994, Fast Exact Multiplication by the Hessian.
-    """
-    gradient = torch.autograd.grad(loss, weights, create_graph=True)
-    slope = torch.cat([part.flatten() for part in gradient])
-
-    def product(vector: torch.Tensor) -> torch.Tensor:
-        return flat(torch.autograd.grad(slope, weights, vector, retain_graph=True))
-
-    return product
