@@ -14,6 +14,7 @@ correction; there the paired t test stands in, corrected by Holm's method over t
 heavy-tailed ones.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,8 +88,15 @@ def estimate(values: Sequence[float]) -> Estimate:
     median = a if a == b else (a + b) / 2
     if n < FEWEST:
         return Estimate(median, float(ordered[0]), float(ordered[-1]), n)
-    interval = stats.quantile_test(ordered, p=0.5).confidence_interval(CONFIDENCE)
-    return Estimate(median, float(interval.low), float(interval.high), n)
+    low, high = _ends(n)
+    return Estimate(median, float(ordered[low]), float(ordered[high]), n)
+
+
+@functools.cache
+def _ends(n: int) -> tuple[int, int]:
+    """The places of the interval's ends among n ordered values: they depend on n alone."""
+    interval = stats.quantile_test(np.arange(n), p=0.5).confidence_interval(CONFIDENCE)
+    return int(interval.low), int(interval.high)
 
 
 def word(effect: Estimate, margin: float = 0.0) -> Word:
