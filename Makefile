@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench bench-engines bench-gpu bench-sync sanitize chromium clean
+.PHONY: demo test check docs bench bench-engines bench-gpu bench-sync sanitize chromium clean
 
 demo: .venv/ready
 	$(BIN)/normkit study speed --out runs/demo
@@ -16,6 +16,14 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Every page and table that is made from the code or from committed results.
+docs: .venv/ready
+	$(BIN)/python docs/norms.py
+	$(BIN)/python docs/tools.py
+	$(BIN)/python docs/results/make.py
+	$(BIN)/python docs/make/layers.py
+	$(BIN)/python benchmarks/render.py --no-picture
 
 # Twenty minutes alone on the machine; other load falsifies it.
 bench: .venv/ready

@@ -13,12 +13,23 @@ from normkit.layers import _Norm
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.fixture(scope="module")
-def norms():
-    spec = importlib.util.spec_from_file_location("norms", DOCS / "norms.py")
+def generator(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def norms():
+    return generator(DOCS / "norms.py")
+
+
+def test_the_picture_of_the_layers_is_that_of_the_code():
+    said = "docs/design.md is out of date; run make docs"
+    assert (DOCS / "design.md").read_text("utf-8") == generator(
+        DOCS / "make" / "layers.py"
+    ).page(), said
 
 
 def test_the_committed_table_is_what_the_code_generates(norms):

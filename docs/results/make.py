@@ -156,7 +156,10 @@ def picture(report: Path, target: Path, scheme: str, selector: str = ".plot") ->
 
 
 def main() -> None:
-    """Write the pages, the numbers and the pictures of the folders on the command line."""
+    """Write the pages, the numbers and the pictures of the folders on the command line.
+
+    Without folders the pages are written again from the committed numbers.
+    """
     folders = list(map(Path, sys.argv[1:]))
     studies = all_studies()
     sections: list[list[Section]] = []
@@ -179,6 +182,8 @@ def main() -> None:
     after = rest.partition(end)[2]
     made = f"{before}{start}\n\n{table(studies)}\n\n{end}{after}"
     (HERE / "README.md").write_text(made, "utf-8")
+    if not folders:
+        return
     for scheme, suffix in (("light", ""), ("dark", "-dark")):
         for section in sections[0]:
             plot = f"#figure-{section.study.name}-{section.findings.figures[0].name} .plot"
