@@ -895,9 +895,10 @@ def test_a_torch_whose_ddp_cannot_be_mended_is_warned_of(monkeypatch):
         normkit.runtime.sync.let_ddp_take(SYNC)
 
 
-def test_traced_by_fx_it_keeps_its_ranks():
+def test_traced_by_fx_or_fused_it_keeps_its_ranks():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), SYNC(4), nn.ReLU())
     graph = torch.fx.symbolic_trace(net)
     assert getattr(graph, "1").merge is net[1].merge
-    fused = normkit.swap(net, "sync", fuse=True).model
-    assert any(isinstance(m, SYNC) and m.act == "relu" for m in fused.modules())
+    normkit.swap(net, "sync", fuse=True, example=torch.ones(2, 3, 2, 2))
+    assert (type(net[1]), net[1].act, type(net[2])) == (SYNC, "relu", nn.Identity)
+    assert net[1].merge is not None

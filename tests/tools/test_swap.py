@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from states import state_of
@@ -394,73 +393,3 @@ def test_a_copy_leaves_the_model_alone():
 
 def test_no_norms_says_so():
     assert "no norms here" in str(normkit.swap(nn.Linear(2, 2)))
-
-
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
-def test_fuse_keeps_outputs_and_keys(name):
-    model, x = create(name), images()
-    before, keys = model(x), set(model.state_dict())
-    report = normkit.swap(model, fuse=True, example=x)
-    torch.testing.assert_close(report.model(x), before, rtol=1e-4, atol=1e-4)
-    assert set(report.model.state_dict()) == keys
-    assert report.facts["not traced"] is None
-    sums = sum("the sum and relu fused" in row.note for row in report.rows)
-    if name == "resnet18":
-        assert (report.facts["fused"], sums) == (17, 8)
-    # The model that was given still computes the same, with the same tensors.
-    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
-    assert {id(p) for p in report.model.parameters()} == {id(p) for p in model.parameters()}
-
-
-class Untraceable(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-
-    def forward(self, x):
-        return self.inner(x) if x.sum() > 0 else self.inner(-x)
-
-
-def test_what_cannot_be_traced_is_left_and_named():
-    net = Untraceable().eval()
-    x = torch.rand(2, 3, 6, 6)
-    before = net(x)
-    report = normkit.swap(net, fuse=True, example=x)
-    assert list(report.facts["not traced"]) == ["the model"]
-    assert report.facts["fused"] == 1
-    assert report.rows[0].note == "relu fused"
-    torch.testing.assert_close(net(x), before)
-
-
-def test_without_an_example_sums_are_not_fused():
-    report = normkit.swap(create("resnet18"), fuse=True)
-    assert not any("sum" in row.note for row in report.rows)
-    assert report.facts["fused"] == 9
-
-
-def test_a_reused_norm_is_not_fused():
-    norm = nn.BatchNorm2d(3)
-    net = nn.Sequential(norm, nn.ReLU(), norm).eval()
-    x = torch.randn(2, 3, 4, 4)
-    before = net(x)
-    report = normkit.swap(net, fuse=True, example=x)
-    assert report.facts["fused"] == 0
-    torch.testing.assert_close(report.model(x), before)
-
-
-def test_a_sum_that_broadcasts_is_not_fused():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(3)
-            self.shift = nn.Parameter(torch.ones(3, 1, 1))
-
-        def forward(self, x):
-            return (self.norm(x) + self.shift).relu()
-
-    net, x = Net().eval(), torch.randn(2, 3, 4, 4)
-    before = net(x)
-    report = normkit.swap(net, fuse=True, example=x)
-    assert report.facts["fused"] == 0
-    torch.testing.assert_close(report.model(x), before)
-    np.testing.assert_array_equal(net.norm.num_batches_tracked, 0)

@@ -161,6 +161,7 @@ def _add_tools(commands: Any) -> None:
     add = tool("recalibrate", "replace running averages by exact statistics", "loader")
     add("--sequential", action="store_true", default=None, help="a pass for each layer")
     add("--tolerance", type=float, metavar="T", help="stop at this standard error of the means")
+    add("--batches", type=int, metavar="N", help="read at most so many batches (default: all)")
     add("--only", metavar="PATTERN", help=only)
     add("--out", type=Path, metavar="FILE", help=out)
 
@@ -172,7 +173,7 @@ def _add_tools(commands: Any) -> None:
     )
     add("--only", metavar="PATTERN", help=only)
     add("--groups", type=int, metavar="N", help="at most so many groups (default: 32)")
-    add("--fuse", action="store_true", default=None, help="fuse activations and sums, by torch.fx")
+    add("--fuse", action="store_true", default=None, help="fuse the activations behind norms")
     add("--out", type=Path, metavar="FILE", help=out)
 
     add = tool("fold", "fold the norms of evaluation into the layers beside them", "example")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -35,6 +36,7 @@ class Op:
         inputs: the tensors that went in, also by keyword.
         plain: whether that was one tensor and nothing else.
         output: the tensor that came out; None if it wasn't one tensor.
+        grad: whether gradients were on.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Op:
     inputs: list[Tensor] = field(default_factory=list)
     plain: bool = False
     output: Tensor | None = None
+    grad: bool = field(default_factory=torch.is_grad_enabled)
 
 
 class Flow(TorchFunctionMode):

@@ -24,11 +24,10 @@ from normkit.tools.model import (
     first_input,
     largest,
     outputs,
-    preserved,
     taken,
-    undone_on_failure,
 )
 from normkit.tools.norms import ACTIVATIONS, is_norm, read
+from normkit.tools.restore import preserved, undone_on_failure
 from normkit.tools.table import Report
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -1,153 +1,221 @@
-"""Fuse a norm with the sum and the activation behind it, by torch.fx."""
+"""Let norms take over the activations behind them, where runs show that nothing else reads them."""
 
 from __future__ import annotations
 
-import dataclasses
-import operator
-from collections import Counter
+import math
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn import functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from normkit.tools.build import adopt, make
-from normkit.tools.model import Forward, all_off, preserved
-from normkit.tools.norms import is_norm, name_of_act, read
+from normkit.layers import _Norm
+from normkit.tools.flow import Flow, Op
+from normkit.tools.fold import TOLERANCE
+from normkit.tools.model import Forward, ToolError, inner, largest, set_training
+from normkit.tools.norms import name_of_act, read
+from normkit.tools.ranks import apart
+from normkit.tools.restore import preserved, undone_on_failure
 
-_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.leaky_relu: "leaky_relu",
-    F.silu: "silu",
-    F.gelu: "gelu",
-}
-_METHODS = {"relu": "relu", "relu_": "relu"}
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_FUSING = ("batch", "sync", "instance", "group")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+_Passed = tuple[nn.Module, weakref.ref[Tensor]]
+"""A norm, and an output of it."""
+
+_MODES = {None: "as the model is", True: "in training", False: "in evaluation"}
 
 
-def fuse_epilogues(
-    model: nn.Module, example: Any, forward: Forward
-) -> tuple[nn.Module, dict[str, str], dict[str, str]]:
-    """(the fused model, layer -> what was fused, part -> why it could not be traced).
+def fuse(
+    model: nn.Module, norms: Iterable[nn.Module], example: Any, forward: Forward
+) -> tuple[dict[_Norm, str], dict[_Norm, str]]:
+    """Give norms the activation modules behind them; an identity takes the activation's place.
 
-    Sums are fused where the example shows that both terms have one shape. A part that can't be
-    traced stays itself, and its children are tried.
+    They go together where every run of the example shows that the activation is the only one to
+    read what the norm puts out, and reads nothing but the outputs of such norms. It is run as the
+    model is, in training and in evaluation, without gradients and with them; then once more in each
+    mode, to compare. Random numbers are the same in all runs.
+
+    Returns:
+        norm -> the activation that it took over; norm -> why it took none.
+
+    Raises:
+        ToolError: the example can't be run in one of the modes, puts out no tensor, or its output
+            changes by more than `fold`'s tolerance. The model is then as it was.
     """
-    fused: dict[str, str] = {}
-    untraced: dict[str, str] = {}
+    free = [m for m in norms if isinstance(m, _Norm) and m.act is None and read(m) is not None]
+    model = inner(model)
+    modes = [m for m in _MODES if m is None or any(each.training != m for each in model.modules())]
+    watch = _Watch(free)
+    before = {}
+    for mode in modes:
+        before[mode] = _run(model, mode, example, forward, watch)
+        _run(model, mode, example, forward, watch, grad=True)
+    acts = watch.decide()
+    with undone_on_failure(model):
+        for norm, act in acts.items():
+            norm.act = act
+        _pass_through(model, {act for norm in acts for act in watch.behind[norm]})
+        for mode in modes if acts else ():
+            _compare(before[mode], _run(model, mode, example, forward), mode, watch.tolerance)
+    return acts, {norm: watch.left[norm] for norm in free if norm not in acts}
 
-    def part(module: nn.Module, path: str, example: Any) -> nn.Module:
-        if is_norm(module) or not any(map(is_norm, module.modules())):
-            return module
+
+class _Watch:
+    """What the runs show of norms and of the activations behind them.
+
+    Attributes:
+        behind: norm -> the activation modules that were seen behind it.
+        left: norm or activation -> why it stays as it is.
+        tolerance: that of the norms' outputs.
+    """
+
+    def __init__(self, norms: Iterable[_Norm]) -> None:
+        self.behind: dict[_Norm, set[nn.Module]] = {norm: set() for norm in norms}
+        self.left: dict[nn.Module, str] = {}
+        self.tolerance = 0.0
+        self._names: dict[nn.Module, str] = {}
+
+    def see(self, flow: Flow) -> list[_Passed]:
+        """Take in one run; return the norms' outputs that nothing should hold any more."""
+        self._names |= {op.module: op.name for op in flow.ops if op.module is not None}
+        passed, fed = list[_Passed](), set[Op]()
+        for op in flow.ops:
+            norm = op.module
+            if not isinstance(norm, _Norm) or norm not in self.behind:
+                continue
+            act = _only_reader(op, flow)
+            if isinstance(act, str):
+                self.left.setdefault(norm, act)
+                continue
+            assert op.output is not None
+            assert act.module is not None
+            fed.add(act)
+            self.behind[norm].add(act.module)
+            self.tolerance = max(self.tolerance, TOLERANCE[op.output.dtype])
+            if act.output is not op.output:
+                passed.append((norm, weakref.ref(op.output)))
+        for op in flow.ops:
+            if op.module is not None and name_of_act(op.module) and op not in fed:
+                self.left.setdefault(op.module, f"{op.name} is also called on other values")
+        return passed
+
+    def held(self, passed: list[_Passed]) -> None:
+        """Leave the norms whose outputs are still there."""
+        for norm, output in passed:
+            if output() is not None:
+                self.left.setdefault(norm, "its output is kept after the activation has run")
+
+    def decide(self) -> dict[_Norm, str]:
+        """Norm -> the activation that it takes over; norms and activations go together or stay."""
+        for norm, acts in self.behind.items():
+            for module in (norm, *acts):
+                if why := _patched(module):
+                    name = "it" if module is norm else self._names[module]
+                    self.left.setdefault(module, f"{name} {why}")
+            if not acts:
+                self.left.setdefault(norm, "the example doesn't reach it")
+            if len({name_of_act(act) for act in acts}) > 1:
+                self.left.setdefault(norm, "it is followed by different activations")
+        pairs = [(norm, act) for norm, acts in self.behind.items() for act in acts]
+        while open_ := [(n, a) for n, a in pairs if (n in self.left) != (a in self.left)]:
+            for norm, act in open_:
+                if act in self.left:
+                    self.left[norm] = self.left[act]
+                else:
+                    name, other = self._names[act], self._names[norm]
+                    self.left[act] = f"{name} also follows {other}, which is not fused"
+        return {
+            norm: next(name for name in map(name_of_act, acts) if name)
+            for norm, acts in self.behind.items()
+            if norm not in self.left
+        }
+
+
+def _only_reader(op: Op, flow: Flow) -> Op | str:
+    """The activation that alone reads what a call of a norm puts out, or why there is none."""
+    if op.output is None or not op.plain:
+        return "it is called with more than its input"
+    readers = list[Op]()
+    for reader in flow.consumers(op.output):
+        readers.append(reader)
+        if reader.output is op.output:  # in place: later ones read something else
+            break
+    if not readers:
+        return "nothing is seen to read its output"
+    act = readers[0]
+    if len(readers) > 1 or act.module is None or name_of_act(act.module) is None or not act.plain:
+        return f"its output goes to {' and '.join(dict.fromkeys(r.name for r in readers))}"
+    if act.grad != op.grad:
+        return f"gradients are on in only one of it and {act.name}"
+    return act
+
+
+def _patched(module: nn.Module) -> str | None:
+    """What of a module would be lost or see something else."""
+    if any(vars(module).get(key) for key in _HOOKS):
+        return "has hooks"
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    if name_of_act(module) and (module._parameters or module._buffers or module._modules):
+        return "holds tensors or modules"
+    return None
+
+
+def _run(
+    model: nn.Module,
+    mode: bool | None,
+    example: Any,
+    forward: Forward,
+    watch: _Watch | None = None,
+    grad: bool = False,
+) -> list[Tensor]:
+    """What the model puts out in a mode; nothing of the run stays."""
+    flow, passed = Flow(model), list[_Passed]()
+    with preserved(model), apart(model), torch.set_grad_enabled(grad):
+        if mode is not None:
+            set_training(model, mode)
         try:
-            graph = _Tracer().trace(module)
-            traced = fx.GraphModule(module, graph, type(module).__name__)
-            lost = set(module.state_dict()) - set(traced.state_dict())
-            if lost:
-                raise RuntimeError(f"the graph leaves out {', '.join(sorted(lost))}")
+            result = flow.run(lambda: forward(model, example))
+        except ToolError:
+            raise
         except Exception as error:
-            if not isinstance(module, nn.ModuleList | nn.ModuleDict):
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                untraced[path or "the model"] = reason[0]
-            for name, child in module.named_children():
-                module._modules[name] = part(child, f"{path}.{name}" if path else name, None)
-            return module
-        _shapes(traced, example, forward)
-        _fuse(traced, path, fused)
-        traced.training = module.training
-        return traced
-
-    return part(model, "", example), fused, untraced
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return is_norm(module) or super().is_leaf_module(module, name)
+            raise ToolError(
+                f"fuse=True runs the example {_MODES[mode]}, and that raised "
+                f"{type(error).__name__} ({error}); give an example, or a forward=, that runs in "
+                "training and in evaluation"
+            ) from error
+        if watch is not None:
+            passed = watch.see(flow)
+        del flow  # it holds all tensors
+        if watch is not None and not grad:  # which holds tensors for the backward
+            watch.held(passed)
+        return [t.detach().clone() for t in tree_leaves(result) if isinstance(t, Tensor)]
 
 
-def _shapes(traced: fx.GraphModule, example: Any, forward: Forward) -> None:
-    """Write the shape of every node into its `meta`, where there is an example."""
-    if example is None:
-        return
-    seen: list[Any] = []
-    with preserved(traced), torch.no_grad():
-        all_off(traced)
-        traced.register_forward_pre_hook(lambda _, args: seen.append(args))
-        forward(traced, example)
-    with preserved(traced), torch.no_grad():
-        all_off(traced)
-        ShapeProp(traced).propagate(*seen[0])
+def _pass_through(model: nn.Module, acts: set[nn.Module]) -> None:
+    """An identity in each activation's places."""
+    new = {act: nn.Identity().train(act.training) for act in acts}
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in new:
+                parent._modules[key] = new[child]
 
 
-def _fuse(traced: fx.GraphModule, path: str, fused: dict[str, str]) -> None:
-    modules = dict(traced.named_modules())
-    graph = traced.graph
-    for node in list(graph.nodes):
-        if node.op == "call_module" and type(modules[node.target]) is nn.Identity:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    for node in list(graph.nodes):
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        known = None if norm is None else read(norm)
-        if norm is None or known is None:
-            continue
-        if known.kind not in _FUSING or known.act or calls[node.target] > 1 or node.kwargs:
-            continue
-        last, residual = node, None
-        behind = _only_user(last)
-        if behind is not None and (other := _summand(behind, last)) is not None:
-            last, residual = behind, other
-            behind = _only_user(last)
-        act = _act(behind, modules)
-        if behind is not None and act is not None:
-            last = behind
-        if last is node:
-            continue
-        name = f"{path}.{node.target}" if path else str(node.target)
-        fused[name] = (
-            " and ".join(filter(None, ("the sum" if residual is not None else None, act)))
-            + " fused"
+def _compare(
+    before: list[Tensor], after: list[Tensor], mode: bool | None, tolerance: float
+) -> None:
+    if not before:
+        raise ToolError(
+            "the model puts out no tensor, so that fusing can't be checked; give a forward= that "
+            "returns its tensors"
         )
-        new = make(known.kind, dataclasses.replace(known, act=act))
-        adopt(norm, new, None)
-        traced.set_submodule(str(node.target), new)
-        with graph.inserting_before(last):
-            more: dict[str, Any] = {} if residual is None else {"residual": residual}
-            call = graph.call_module(str(node.target), node.args, more)
-        call.meta = dict(last.meta)
-        last.replace_all_uses_with(call)
-    graph.eliminate_dead_code()
-    traced.recompile()
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _summand(sum_: fx.Node, term: fx.Node) -> fx.Node | None:
-    """What is added to `term`, if it is known to have the same shape and dtype."""
-    if sum_.target not in _SUMS or len(sum_.args) != 2 or sum_.kwargs:
-        return None
-    (other,) = [a for a in sum_.args if a is not term] or [None]
-    if not isinstance(other, fx.Node):
-        return None
-    mine, its = (node.meta.get("tensor_meta") for node in (term, other))
-    if mine is None or its is None or (mine.shape, mine.dtype) != (its.shape, its.dtype):
-        return None
-    return other
-
-
-def _act(node: fx.Node | None, modules: dict[str, nn.Module]) -> str | None:
-    if node is None:
-        return None
-    if node.op == "call_module":
-        return name_of_act(modules[str(node.target)])
-    plain = len(node.args) == 1 and set(node.kwargs) <= {"inplace"}
-    if node.op == "call_function" and plain:
-        return _FUNCTIONS.get(node.target)
-    return _METHODS.get(str(node.target)) if node.op == "call_method" and plain else None
+    same = [t.shape for t in before] == [t.shape for t in after]
+    change, most = largest(before, after) if same else math.inf, largest(before)
+    if not change <= tolerance * most:
+        raise ToolError(
+            f"run {_MODES[mode]}, the model with fused activations puts out something else: it "
+            f"differs by {change:.2g} where the largest value is {most:.2g}, more than "
+            f"{tolerance:.2g} of it; leave fuse out, or the layers in question by only="
+        )

@@ -20,11 +20,11 @@ from normkit.tools.model import (
     check_loader,
     first_input,
     inner,
-    preserved,
     taken,
 )
 from normkit.tools.page import page
 from normkit.tools.recalibrate import recalibrate
+from normkit.tools.restore import preserved, undone_on_failure
 from normkit.tools.rules import RULES
 from normkit.tools.swap import swap
 from normkit.tools.table import Report
@@ -114,7 +114,7 @@ def inspect(
     run = forward or first_input
     if fix:
         again(loader, "fix=True")
-    with preserved(model, loader, validation):
+    with preserved(model, loader, validation, loss):
         train = list(islice(loader, batches))
         if not train:
             raise ToolError("the loader is empty; give at least one batch")
@@ -123,14 +123,20 @@ def inspect(
     findings = _judge(facts, ignored)
     counts = {"norms": len(facts.layers), "batches": len(train)}
     report = Inspection(given, findings, counts, facts.layers)
-    if not fix or not _mend(given, findings, loader, run):
+    if not fix:
         return report
-    now = inspect(
-        model, loader, loss, optimizer, run, validation=validation, batches=batches, ignore=ignored
-    )
-    left = {(f.code, f.layer) for f in now.rows}
-    now.mended = [f for f in findings if (f.code, f.layer) not in left]
-    return now
+    with undone_on_failure(given, tensors=list(given.buffers())):
+        if not _mend(given, findings, loader, run):
+            return report
+        now = inspect(
+            *(given, loader, loss, optimizer, run),
+            validation=validation,
+            batches=batches,
+            ignore=ignored,
+        )
+        left = {(f.code, f.layer) for f in now.rows}
+        now.mended = [f for f in findings if (f.code, f.layer) not in left]
+        return now
 
 
 def _judge(facts: Facts, ignored: set[str]) -> list[Finding]:

@@ -174,7 +174,11 @@ def _train(
     with _watching(layers, _see_training), torch.set_grad_enabled(loss is not None):
         output = run(model, batch)
         if loss is not None:
-            loss(output, batch).backward()
+            # Not a plain backward, which adds to the gradients of a criterion's parameters too.
+            inputs = [p for p in model.parameters() if p.requires_grad]
+            cost = loss(output, batch)
+            if inputs:
+                cost.backward(inputs=inputs)
     for layer in layers.values():
         gradients = [p.grad.norm() for p in layer.module.parameters() if p.grad is not None]
         if gradients:

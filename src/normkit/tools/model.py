@@ -1,20 +1,19 @@
-"""What the tools share: models they can't take, batches for a model, and leaving no trace."""
+"""What the tools share: models they can't take, and running a model on a batch."""
 
 from __future__ import annotations
 
 import copy as copying
 import difflib
 import fnmatch
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
+
+from normkit.tools.restore import preserved
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on one item of a loader: `forward(model, batch)`."""
@@ -127,84 +126,15 @@ def again(loader: Iterable[Any], why: str) -> Iterable[Any]:
     return loader
 
 
-def all_off(model: nn.Module) -> None:
-    """Every module in evaluation, without `model.train`, which a model may have overridden."""
+def set_training(model: nn.Module, training: bool) -> None:
+    """Every module's flag, past `train` and `__setattr__`, which models override."""
     for module in model.modules():
-        module.training = False
+        object.__setattr__(module, "training", training)
 
 
-@contextmanager
-def preserved(model: nn.Module, *loaders: Any) -> Iterator[None]:
-    """Put everything back at the end, also after an exception.
-
-    That is: every module's attributes (parameters, buffers, submodules, hooks, train or eval), the
-    values of all parameters and buffers, gradients, and the random state of Python, NumPy, torch
-    and the loaders' own generators.
-    """
-    modules = [(m, dict(vars(m)), _dicts(m)) for m in model.modules()]
-    values = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
-    gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    random_state = _random_state(loaders)
-    for parameter, _, _ in gradients:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for module, attributes, dicts in modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for target, content in dicts:
-                target.clear()
-                target.update(content)
-        with torch.no_grad():
-            for tensor, value in values:
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
-        for parameter, gradient, requires_grad in gradients:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
-        for restore in random_state:
-            restore()
-
-
-@contextmanager
-def undone_on_failure(model: nn.Module) -> Iterator[None]:
-    """Put submodules and parameters back where they were if something raises inside."""
-    held = [(m, dict(m._modules), dict(m._parameters)) for m in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for module, children, parameters in held:
-            module._modules.clear()
-            module._modules.update(children)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-        raise
-
-
-def _dicts(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
-    return [(value, dict(value)) for value in vars(module).values() if isinstance(value, dict)]
-
-
-def _random_state(loaders: tuple[Any, ...]) -> list[Callable[[], Any]]:
-    restores: list[Callable[[], Any]] = []
-
-    def keep(get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
-        state = get()
-        restores.append(lambda: put(state))
-
-    keep(random.getstate, random.setstate)
-    keep(torch.get_rng_state, torch.set_rng_state)
-    if torch.cuda.is_initialized():
-        keep(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
-    if "numpy" in sys.modules:
-        numpy = sys.modules["numpy"]
-        keep(numpy.random.get_state, numpy.random.set_state)
-    for owner in (*loaders, *(getattr(loader, "sampler", None) for loader in loaders)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            keep(generator.get_state, generator.set_state)
-    return restores
+def all_off(model: nn.Module) -> None:
+    """Every module in evaluation."""
+    set_training(model, False)
 
 
 def outputs(model: nn.Module, example: Any, run: Forward) -> list[Tensor]:

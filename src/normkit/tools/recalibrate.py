@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ from normkit.tools.model import (
     chosen,
     first_input,
     inner,
-    preserved,
     taken,
 )
 from normkit.tools.norms import is_frozen, is_norm
 from normkit.tools.ranks import apart, in_step, together
+from normkit.tools.restore import preserved, undone_on_failure
 from normkit.tools.spread import Spread
 from normkit.tools.table import Report
 
@@ -62,6 +63,7 @@ def recalibrate(
     *,
     sequential: bool = False,
     tolerance: float | None = None,
+    batches: int | None = None,
     only: Only = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     copy: bool = False,
@@ -98,6 +100,7 @@ def recalibrate(
         tolerance: stop when the mean's standard error, in standard deviations, is at most this in
             every layer (root mean square over the channels; from at least 8 batches). By default
             the whole loader is read.
+        batches: read at most so many, of an endless loader for example; None for all.
         only: a pattern for names ("layer1.*"), or a predicate of name and module.
         evaluate: `evaluate(model)` is called in evaluation, before and after.
         copy: work on a deep copy, which is the report's `.model`.
@@ -122,6 +125,10 @@ def recalibrate(
         model = inner(given)
         check_only(model, only)
         check_loader(loader)
+        if batches is not None and batches < 1:
+            raise ToolError(
+                f"batches must be at least 1, got {batches}; None reads the whole loader"
+            )
         if tolerance is not None and not tolerance > 0:
             raise ToolError(
                 f"tolerance must be positive, got {tolerance!r}; None reads the whole loader"
@@ -129,7 +136,7 @@ def recalibrate(
         layers, rows = _layers(model, only)
         if sequential:
             again(loader, "sequential=True")
-    batches, reached = 0, True
+    count, reached = 0, True
     seen: dict[str, Spread] = {}
     new: dict[str, Moments] = {}
     before = after = None
@@ -147,9 +154,9 @@ def recalibrate(
                 with together(process_group):
                     read = _pass(
                         *(model, now, watched, loader, run),
-                        *(sequential, tolerance, progress, process_group),
+                        *(sequential, tolerance, batches, progress, process_group),
                     )
-                batches = batches or sum(gathered(read, process_group))
+                count = count or sum(gathered(read, process_group))
                 merged = _over_ranks(watched, process_group)
                 reached = reached and _converged(merged, tolerance)
                 seen |= merged
@@ -159,19 +166,19 @@ def recalibrate(
                     _install(name, layers[name], spread.all)
         with together(process_group), apart(model):
             after = evaluate(model) if evaluate else None
-    for name, layer in layers.items():
-        rows.append(_row(name, layer, seen.get(name), batches))
-    with torch.no_grad():
+    buffers = [b for name in new for b in layers[name]._buffers.values() if b is not None]
+    with undone_on_failure(model, tensors=buffers), torch.no_grad():
+        rows += [_row(name, layer, seen.get(name), count) for name, layer in layers.items()]
         for name, moments in new.items():
-            _write(layers[name], moments, batches)
-    facts: dict[str, Any] = {"layers": len(new), "batches": batches}
-    if tolerance is not None:
-        facts["tolerance reached"] = reached
-    if not layers:
-        facts["note"] = "no layer keeps running statistics; nothing to do"
-    if evaluate:
-        facts |= {"evaluated before": before, "evaluated after": after}
-    return Report(given, rows, facts)
+            _write(layers[name], moments, count)
+        facts: dict[str, Any] = {"layers": len(new), "batches": count}
+        if tolerance is not None:
+            facts["tolerance reached"] = reached
+        if not layers:
+            facts["note"] = "no layer keeps running statistics; nothing to do"
+        if evaluate:
+            facts |= {"evaluated before": before, "evaluated after": after}
+        return Report(given, rows, facts)
 
 
 def _layers(model: nn.Module, only: Only) -> tuple[dict[str, _BatchNorm], list[Recalibrated]]:
@@ -204,6 +211,7 @@ def _pass(
     run: Forward,
     sequential: bool,
     tolerance: float | None,
+    batches: int | None,
     progress: bool,
     process_group: Any,
 ) -> int:
@@ -216,7 +224,7 @@ def _pass(
         _hooks(layers, lambda name, x, mask: watched[name].see(x, mask)),
         in_step(model, process_group) as ranks,
     ):
-        for read, batch in enumerate(ranks.read(_counted(loader, progress)), 1):
+        for read, batch in enumerate(ranks.read(_counted(loader, batches, progress)), 1):
             try:
                 run(model, batch)
             except ValueError as error:
@@ -350,10 +358,12 @@ def _row(name: str, layer: _BatchNorm, watched: Spread | None, batches: int) -> 
     )
 
 
-def _counted(loader: Iterable[Any], progress: bool) -> Iterator[Any]:
+def _counted(loader: Iterable[Any], most: int | None, progress: bool) -> Iterator[Any]:
     try:
-        total = f"/{len(loader)}" if isinstance(loader, Sized) else ""
-        for number, batch in enumerate(loader, 1):
+        length = len(loader) if isinstance(loader, Sized) else None
+        counts = [count for count in (length, most) if count is not None]
+        total = f"/{min(counts)}" if counts else ""
+        for number, batch in enumerate(islice(loader, most), 1):
             yield batch
             if progress:
                 print(f"\r{number}{total} batches", end="", file=sys.stderr, flush=True)

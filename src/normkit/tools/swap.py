@@ -12,7 +12,7 @@ from torch import nn
 
 from normkit.factory import NORMS, create
 from normkit.tools.build import KINDS, Make, adopt, make, tensor_like
-from normkit.tools.fuse import fuse_epilogues
+from normkit.tools.fuse import fuse as fuse_activations
 from normkit.tools.model import (
     Forward,
     Only,
@@ -23,9 +23,9 @@ from normkit.tools.model import (
     largest,
     outputs,
     taken,
-    undone_on_failure,
 )
 from normkit.tools.norms import Norm, is_norm, read
+from normkit.tools.restore import undone_on_failure
 from normkit.tools.table import Report
 
 
@@ -70,12 +70,15 @@ def swap(
         only: a pattern for names ("layer1.*"), or a predicate of name and module.
         groups: at most so many groups: the largest number that divides the channels and leaves two
             or more channels to a group. A group norm keeps its own.
-        fuse: fuse batch, group and instance norms with the activation behind them, and with the
-            sum between where an example shows its shapes, by torch.fx. The report's `.model` is
-            then a graph of the mode of now, with the same state dict and the same tensors.
+        fuse: let the new norms, and those that were normkit's already, take over the activation
+            modules behind them (ReLU, LeakyReLU, SiLU, GELU), which become the identity. That is
+            done where runs of the example show that nothing else reads the norm's output; a branch
+            that the example doesn't take is not seen. All else stays as it is, with the reason in
+            the report: a functional activation or a sum needs another forward.
         optimizer: parameters that are gone leave its groups and state; new ones join the group of
             the layer's old ones.
-        example: one batch to run before and after, in evaluation; nothing of that stays.
+        example: one batch to run before and after, in evaluation, and for `fuse` also in training;
+            nothing of that stays.
         forward: `forward(model, batch)` for the example; by default as for `recalibrate`.
         copy: work on a deep copy, which is the report's `.model`.
         process_group: of "sync": whose ranks merge their batches; None for all ranks, or for those
@@ -90,41 +93,49 @@ def swap(
 
     Raises:
         ToolError: unknown `to`; a process_group for another `to` than "sync"; an optimizer together
-            with `copy`; a model of scripted, quantized or lazy modules. After any exception the
-            model is as it was.
+            with `copy`; a model of scripted, quantized or lazy modules; `fuse` without an example,
+            or with an output that fusing changes by more than `fold`'s tolerance. After any
+            exception the model is as it was.
     """
     if copy and optimizer is not None:
         raise ToolError("the optimizer holds the model's parameters, not a copy's; leave one out")
     kind, function, number = _kind(to, groups)
     if process_group is not None and kind != "sync":
         raise ToolError(f"a process_group belongs to to='sync', and to={to!r}")
+    if fuse and example is None:
+        raise ToolError(
+            "fuse=True looks at who reads each norm's output while an example runs; give example=, "
+            "one batch"
+        )
     model = taken(model, copy)
     check_only(model, only)
     run = forward or first_input
     before = outputs(model, example, run)
     parameters = list(model.parameters())
-    fused: dict[str, str] = {}
-    untraced: dict[str, str] = {}
-    with undone_on_failure(model):
+    with undone_on_failure(model, optimizer):
         rows, result, pairs = _swap_all(model, kind, function, only, number, process_group)
+        facts = _counts(rows)
         if fuse:
-            result, fused, untraced = fuse_epilogues(result, example, run)
+            acts, left = fuse_activations(result, [now for _, now in pairs], example, run)
+            notes: dict[nn.Module, str] = {norm: f"{act} fused" for norm, act in acts.items()}
+            notes |= {norm: f"not fused: {why}" for norm, why in left.items()}
+            for row, (_, now) in zip(rows, pairs, strict=True):
+                row.note = "; ".join(filter(None, (row.note, notes.get(now))))
+            facts["fused"] = len(acts)
         after = outputs(result, example, run)
-    for row in rows:
-        row.note = "; ".join(filter(None, (row.note, fused.get(row.layer))))
+        facts |= _mend(optimizer, parameters, list(result.parameters()), pairs)
+        if example is not None:
+            facts |= {
+                "largest change of the output": largest(before, after),
+                "largest output": largest(before),
+            }
+        return Report(result, rows, facts)
+
+
+def _counts(rows: list[Swapped]) -> dict[str, Any]:
     left = sum(row.note.startswith("left: ") for row in rows)
     facts: dict[str, Any] = {"swapped": len(rows) - left, "left": left}
-    if not rows:
-        facts["note"] = "no norms here; nothing to do"
-    if fuse:
-        facts |= {"fused": len(fused), "not traced": untraced or None}
-    facts |= _mend(optimizer, parameters, list(result.parameters()), pairs)
-    if example is not None:
-        facts |= {
-            "largest change of the output": largest(before, after),
-            "largest output": largest(before),
-        }
-    return Report(result, rows, facts)
+    return facts if rows else facts | {"note": "no norms here; nothing to do"}
 
 
 def _kind(to: str | Make | None, groups: int) -> tuple[str | None, Make | None, int]:

@@ -13,7 +13,7 @@ from normkit.lab.training.arms import Arm
 from normkit.lab.training.batches import Batches
 from normkit.lab.training.config import Config
 from normkit.lab.training.data import Data
-from normkit.tools.model import preserved
+from normkit.tools.restore import preserved
 
 
 @dataclass(frozen=True)
