@@ -167,7 +167,7 @@ def _refill(target: dict[Any, Any], content: dict[Any, Any]) -> None:
     for key, value in content.items():
         if target.get(key, target) is not value:
             target[key] = value
-    if list(target) != list(content):
+    if list(map(id, target)) != list(map(id, content)):
         for key in content:
             target[key] = target.pop(key)
 
@@ -200,7 +200,7 @@ def _members(optimizer: torch.optim.Optimizer) -> _Step:
     def put_back() -> None:
         for group, parameters in groups:
             group["params"] = parameters
-        optimizer.state.update(state)
+        _refill(optimizer.state, state)
 
     return put_back
 
