@@ -293,7 +293,13 @@ def interrupted(call, when):
     sys.settrace(trace)
     try:
         call()
-    except KeyboardInterrupt:
+    except BaseException as error:
+        # torch's stack of modes may raise its own error after an interrupt inside it.
+        cause = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__context__
+        if cause is None:
+            raise
         return True
     finally:
         sys.settrace(previous)
@@ -314,8 +320,8 @@ def shapes_of(net):
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_ctrl_c_at_any_line_leaves_all_or_nothing(tool):
-    done = prepared(tool)
-    lines = []
+    TOOLS[tool](prepared(tool))  # what is cached or imported takes lines at the first time only
+    done, lines = prepared(tool), []
     assert not interrupted(lambda: TOOLS[tool](done), lambda _: lines.append(1))
     after = shapes_of(done)
     rng, got_out = random.Random(0), 0
@@ -357,6 +363,7 @@ def test_a_second_ctrl_c_while_things_are_put_back_waits(tool, monkeypatch):
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         return len(lines)
 
+    run(10**9)
     total = run(10**9)
     for at in rng.sample(range(total), min(total, 15)):
         run(at)

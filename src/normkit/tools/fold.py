@@ -21,8 +21,8 @@ from normkit.tools.model import (
     all_off,
     check_only,
     chosen,
-    first_input,
     largest,
+    on_copies,
     outputs,
     taken,
 )
@@ -122,7 +122,7 @@ def fold(
     if model.training:
         raise ToolError("fold is for evaluation, and the model is in training; call .eval() first")
     check_only(model, only)
-    run = forward or first_input
+    run = on_copies(forward)
     before = outputs(model, example, run)
     flow = Flow(model)
     with preserved(model), torch.no_grad():

@@ -45,6 +45,8 @@ def fuse(
             changes by more than `fold`'s tolerance. The model is then as it was.
     """
     free = [m for m in norms if isinstance(m, _Norm) and m.act is None and read(m) is not None]
+    if not free:
+        return {}, {}
     model = inner(model)
     modes = [m for m in _MODES if m is None or any(each.training != m for each in model.modules())]
     watch = _Watch(free)
@@ -211,7 +213,7 @@ def _compare(
             "the model puts out no tensor, so that fusing can't be checked; give a forward= that "
             "returns its tensors"
         )
-    same = [t.shape for t in before] == [t.shape for t in after]
+    same = [(t.shape, t.dtype) for t in before] == [(t.shape, t.dtype) for t in after]
     change, most = largest(before, after) if same else math.inf, largest(before)
     if not change <= tolerance * most:
         raise ToolError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normkit.tools.restore import preserved
 
@@ -108,6 +108,16 @@ def first_input(model: nn.Module, batch: Any) -> Any:
             f"how to run it: forward=lambda model, batch: model({inputs})"
         )
     return model(x.to(device_of(model)))
+
+
+def on_copies(forward: Forward | None) -> Forward:
+    """The forward, or `first_input`, on a copy of the batch: some models edit their input."""
+    run = forward or first_input
+
+    def on_copy(model: nn.Module, batch: Any) -> Any:
+        return run(model, tree_map_only(Tensor, lambda x: x.detach().clone(), batch))
+
+    return on_copy
 
 
 def _form(batch: Any) -> str:

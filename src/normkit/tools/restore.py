@@ -74,7 +74,7 @@ class Restoring:
         """Python runs handlers in the main thread only, so that other threads need none."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in signal.valid_signals():
+        for number in signal.Signals:
             handler = signal.getsignal(number)
             if callable(handler):
                 self._handlers[number] = handler

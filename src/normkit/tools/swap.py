@@ -19,8 +19,8 @@ from normkit.tools.model import (
     ToolError,
     check_only,
     chosen,
-    first_input,
     largest,
+    on_copies,
     outputs,
     taken,
 )
@@ -109,7 +109,7 @@ def swap(
         )
     model = taken(model, copy)
     check_only(model, only)
-    run = forward or first_input
+    run = on_copies(forward)
     before = outputs(model, example, run)
     parameters = list(model.parameters())
     with undone_on_failure(model, optimizer):
