@@ -1,6 +1,7 @@
 """What the tools put back: of models that refuse, after steps that fail, under real interrupts."""
 
 import contextlib
+import itertools
 import random
 import signal
 import sys
@@ -326,12 +327,13 @@ def test_a_ctrl_c_at_any_line_leaves_all_or_nothing(tool):
     after = shapes_of(done)
     rng, got_out = random.Random(0), 0
     for at in sorted(rng.sample(range(len(lines)), 8)):
-        net, count = prepared(tool), iter(range(len(lines)))
+        net, count = prepared(tool), itertools.count()
         before = state_of(net)
         got_out += interrupted(
             lambda net=net: TOOLS[tool](net), lambda _, c=count, at=at: next(c) == at
         )
         assert state_of(net)[:2] == before[:2] or shapes_of(net) == after
+        assert torch.is_grad_enabled()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert got_out >= 7
 
@@ -360,6 +362,7 @@ def test_a_second_ctrl_c_while_things_are_put_back_waits(tool, monkeypatch):
         assert interrupted(lambda: TOOLS[tool](net), when)
         monkeypatch.setattr(nn.Linear, "forward", forward)
         assert state_of(net) == before
+        assert torch.is_grad_enabled()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         return len(lines)
 

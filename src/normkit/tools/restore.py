@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 _Step = Callable[[], Any]
 
-_OF_TORCH = tuple(k for k, value in vars(nn.Module()).items() if isinstance(value, dict | set))
+_OF_TORCH = [k for k, value in vars(nn.Module()).items() if isinstance(value, dict | set)]
 """The containers that torch gives every module: parameters, buffers, submodules, hooks."""
 
 _PARTS = ("sampler", "batch_sampler", "dataset")
@@ -98,7 +98,8 @@ def preserved(model: nn.Module, *others: Any) -> Restoring:
     That is: which parameters, buffers, submodules and hooks each module has, what its attributes
     refer to, train or eval; the values of parameters and buffers, gradients, requires_grad; the
     random state of Python, NumPy, torch, and of generators that modules, loaders, samplers and data
-    sets hold. What a model keeps inside objects of its own is its own.
+    sets hold; whether gradients are on, which an interrupt inside `no_grad` may leave off. What a
+    model keeps inside objects of its own is its own.
 
     Args:
         model: any module.
@@ -113,6 +114,7 @@ def preserved(model: nn.Module, *others: Any) -> Restoring:
                 tensor.grad = None
 
     steps = [
+        _grad_mode(),
         *map(_attributes, modules),
         *map(_value, tensors),
         *(_gradient(tensor) for tensor in tensors if tensor.is_leaf),
@@ -127,7 +129,7 @@ def undone_on_failure(
     tensors: Iterable[Tensor] = (),
 ) -> Restoring:
     """After an exception, put back attributes, the optimizer's parameters, the tensors' values."""
-    steps = [*map(_attributes, _modules(model)), *map(_value, tensors)]
+    steps = [_grad_mode(), *map(_attributes, _modules(model)), *map(_value, tensors)]
     if optimizer is not None:
         steps.append(_members(optimizer))
     return Restoring(steps, always=False)
@@ -144,18 +146,24 @@ def _tensors(modules: list[nn.Module]) -> list[Tensor]:
     return list({id(t): t for t in held if t is not None}.values())
 
 
+def _grad_mode() -> _Step:
+    return partial(torch.set_grad_enabled, torch.is_grad_enabled())
+
+
 def _attributes(module: nn.Module) -> _Step:
     """What `vars` holds, past `__setattr__`; of containers the contents of torch's own only."""
     now, held = vars(module), dict(vars(module))
-    dicts = [(held[k], dict(held[k])) for k in _OF_TORCH if isinstance(held.get(k), dict)]
-    sets = [(held[k], set(held[k])) for k in _OF_TORCH if isinstance(held.get(k), set)]
+    contents = {key: held[key].copy() for key in _OF_TORCH if held.get(key)}
 
     def put_back() -> None:
-        for target, content in (*dicts, (now, held)):
-            _refill(target, content)
-        for names, kept in sets:
-            names.intersection_update(kept)
-            names.update(kept)
+        for key in _OF_TORCH:
+            target, content = held.get(key), contents.get(key, ())
+            if isinstance(target, dict):
+                _refill(target, dict(content))
+            elif isinstance(target, set):
+                target.intersection_update(content)
+                target.update(content)
+        _refill(now, held)
 
     return put_back
 
@@ -174,10 +182,13 @@ def _refill(target: dict[Any, Any], content: dict[Any, Any]) -> None:
 
 def _value(tensor: Tensor) -> _Step:
     kept = tensor.detach().clone()
+    comparable = tensor.layout == torch.strided and not tensor.is_meta
+    version = None if comparable else tensor._version
 
     def put_back() -> None:
-        with torch.no_grad():
-            if not torch.equal(tensor, kept):
+        same = torch.equal(tensor, kept) if comparable else tensor._version == version
+        if not same:
+            with torch.no_grad():
                 tensor.copy_(kept)
 
     return put_back
@@ -234,7 +245,9 @@ def _held_by(owners: tuple[Any, ...]) -> Iterator[Any]:
     for owner in owners:
         held = getattr(owner, "__dict__", {})
         for each in (held, *(getattr(held.get(part), "__dict__", {}) for part in _PARTS)):
-            for value in each.values():
+            for key, value in each.items():
+                if key in _OF_TORCH:
+                    continue
                 if type(value) is dict:
                     yield from value.values()
                 elif type(value) in (list, tuple):
