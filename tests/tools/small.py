@@ -38,6 +38,17 @@ def inspect_rank(rank, size):
     return sorted({f.name for f in report.rows})
 
 
+def fuse_rank(rank):
+    """Synchronized layers, and another batch and other runs on each rank: nobody waits."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model = nn.parallel.DistributedDataParallel(net)
+    report = normkit.swap(model, "sync", fuse=True, example=torch.randn(2 + rank, 3, 4, 4))
+    if rank:
+        normkit.swap(model, "sync", fuse=True, example=torch.randn(2, 3, 4, 4))
+    model(torch.ones(2, 3, 4, 4)).sum().backward()
+    return report.facts["fused"], net[1].act, net[1].merge is not None
+
+
 def dropping():
     net = nn.Sequential(
         nn.Conv2d(2, 3, 3),

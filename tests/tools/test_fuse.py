@@ -11,6 +11,7 @@ import pickle
 import pytest
 import timm
 import torch
+from small import fuse_rank
 from states import state_of
 from torch import nn
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from zoo import images
 
 import normkit
 from normkit.tools.model import ToolError
+from ranks import on_ranks
 
 
 def run(net, x, training):
@@ -437,6 +439,30 @@ def test_the_runs_leave_no_trace():
     before = state_of(net)
     normkit.swap(net, fuse=True, example=X)
     assert state_of(net) == before
+
+
+def test_an_example_that_the_model_edits_is_run_on_copies():
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.sub_(1).div_(2))
+
+    net, x = Net(conv(), nn.BatchNorm2d(4), nn.SiLU()), X.clone()
+    report = normkit.swap(net, fuse=True, example=x)
+    assert report.facts["fused"] == 1
+    assert report.facts["largest change of the output"] < 1e-5
+    assert torch.equal(x, X)
+
+
+def test_a_module_in_another_mode_than_the_rest_keeps_it():
+    net = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout()).eval()
+    net[3].train()
+    net[2].train()
+    assert fused(net, X).facts["fused"] == 1
+    assert [m.training for m in net] == [False, False, True, True]
+
+
+def test_inside_distributed_data_parallel_ranks_do_not_wait():
+    assert on_ranks(fuse_rank) == {0: (1, "relu", True), 1: (1, "relu", True)}
 
 
 class Scripted(nn.Module):

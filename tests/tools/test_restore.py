@@ -152,6 +152,17 @@ def test_order_of_submodules_and_replaced_or_new_attributes_come_back():
     assert not first._non_persistent_buffers_set
 
 
+def test_buffers_of_any_layout_are_put_back():
+    net = nn.BatchNorm1d(3)
+    net.register_buffer("adjacency", torch.eye(3).to_sparse())
+    net.register_buffer("positions", torch.arange(1).expand(4))
+    normkit.recalibrate(net, [torch.randn(4, 3)])
+    with preserved(net):
+        net.adjacency.mul_(2)
+    torch.testing.assert_close(net.adjacency.to_dense(), torch.eye(3))
+    assert net.positions.stride() == (0,)
+
+
 class Drawing(nn.Module):
     """Draws by generators of its own."""
 
