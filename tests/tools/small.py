@@ -39,14 +39,14 @@ def inspect_rank(rank, size):
 
 
 def fuse_rank(rank):
-    """Synchronized layers, and another batch and other runs on each rank: nobody waits."""
+    """Synchronized layers, rank 0 without a run: nobody waits."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     model = nn.parallel.DistributedDataParallel(net)
-    report = normkit.swap(model, "sync", fuse=True, example=torch.randn(2 + rank, 3, 4, 4))
+    normkit.swap(model, "sync")
     if rank:
-        normkit.swap(model, "sync", fuse=True, example=torch.randn(2, 3, 4, 4))
+        normkit.swap(model, fuse=True, example=torch.randn(2, 3, 4, 4))
     model(torch.ones(2, 3, 4, 4)).sum().backward()
-    return report.facts["fused"], net[1].act, net[1].merge is not None
+    return net[1].act, net[1].merge is not None
 
 
 def dropping():

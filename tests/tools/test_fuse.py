@@ -462,7 +462,7 @@ def test_a_module_in_another_mode_than_the_rest_keeps_it():
 
 
 def test_inside_distributed_data_parallel_ranks_do_not_wait():
-    assert on_ranks(fuse_rank) == {0: (1, "relu", True), 1: (1, "relu", True)}
+    assert on_ranks(fuse_rank) == {0: (None, True), 1: ("relu", True)}
 
 
 class Scripted(nn.Module):

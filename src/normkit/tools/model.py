@@ -153,7 +153,7 @@ def outputs(model: nn.Module, example: Any, run: Forward) -> list[Tensor]:
         return []
     with preserved(model), torch.no_grad():
         all_off(model)
-        return [y.clone() for y in tree_leaves(run(model, example)) if isinstance(y, Tensor)]
+        return [y.clone() for y in tree_leaves(run(inner(model), example)) if isinstance(y, Tensor)]
 
 
 def largest(before: list[Tensor], after: list[Tensor] | None = None) -> float:
