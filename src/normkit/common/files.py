@@ -1,4 +1,4 @@
-"""Files written whole or not at all: what was there before stays until its successor is complete."""
+"""Files written whole or not at all: an old one stays until its successor is complete."""
 
 import os
 import secrets

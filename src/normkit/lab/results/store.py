@@ -245,19 +245,19 @@ class Store:
                 "left join found on found.run = id where ?1 is null or id = ?1 order by seed, id",
                 (number,),
             ).fetchall()
-        for *row, found in rows:
+        for number, arm, seed, status, step, seconds, accuracy, found in rows:
             with self._reading() as database:
                 curves: dict[str, tuple[list[int], list[float]]] = {}
-                for name, step, value in database.execute(
+                for name, at, value in database.execute(
                     "select name, step, value from metric where run = ? order by name, step",
-                    row[:1],
+                    (number,),
                 ):
                     steps, values = curves.setdefault(name, ([], []))
-                    steps.append(step)
+                    steps.append(at)
                     # SQLite keeps NaN as null.
                     values.append(float("nan") if value is None else value)
-                run = Run(*row, curves, json.loads(found) if found else {})
-            yield run
+                what = json.loads(found) if found else {}
+            yield Run(number, arm, seed, status, step, seconds, accuracy, curves, what)
 
     def spend(self, seconds: float = 0.0) -> float:
         """Add to the wall-clock time that training took in this folder; return the whole."""
