@@ -13,7 +13,6 @@ import weakref
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 
 _PATIENCE = timedelta(seconds=1)
@@ -21,17 +20,17 @@ _PATIENCE = timedelta(seconds=1)
 
 
 class Note(NamedTuple):
-    """What a rank is about to send as its message `number`: how much, and what it says of itself.
+    """What a rank is about to send as its message `number`, and what it says of itself.
 
-    A rank with nothing to send has a size of `FAILED`.
+    Ranks fit that send the same. One that can't send, for what it says, sends `NOTHING`.
     """
 
     number: int
-    size: int
+    sends: str
     said: Any
 
 
-FAILED = -1
+NOTHING = ""
 
 
 class Board:
@@ -44,25 +43,25 @@ class Board:
         self.number = 0
         self._aside = ""
 
-    def post(self, size: int, said: Any = None) -> None:
+    def post(self, sends: str, said: Any = None) -> None:
         """Say what this rank is about to send."""
-        self._store.set(self._key(self._here), json.dumps([self.number, size, said]))
+        self._store.set(self._key(self._here), json.dumps([self.number, sends, said or sends]))
 
     def aside(self, said: str, *, failed: bool) -> None:
         """Say what this rank does in place of its next message."""
-        note = json.dumps([self.number, FAILED if failed else 0, said])
+        note = json.dumps([self.number, NOTHING if failed else "later", said])
         if note != self._aside:
             self._aside = note
             self._store.set(f"normkit/{self._here}/aside", note)
 
-    def meet(self, size: int, said: Any) -> list[Note]:
+    def meet(self, sends: str, said: Any) -> list[Note]:
         """Every rank's note of this message, this one's among them; waits for those to come.
 
         Raises:
             LookupError: one failed in place of it.
             RuntimeError: one didn't come before the group's timeout.
         """
-        self.post(size, said)
+        self.post(sends, said)
         pause, ends, failed = 1e-4, time.monotonic() + self._timeout().total_seconds(), ""
         while True:
             notes = [self._read(self._key(rank)) for rank in range(self._ranks)]
@@ -93,7 +92,7 @@ class Board:
 
     def failed(self) -> str:
         """Which ranks failed in place of this message, and how."""
-        failed = [(rank, note) for rank, note in self._asides() if note.size == FAILED]
+        failed = [(rank, note) for rank, note in self._asides() if note.sends == NOTHING]
         return "; ".join(f"rank {rank}: {note.said}" for rank, note in failed)
 
     def doing(self) -> str:
@@ -113,7 +112,7 @@ class Board:
         return Note(*json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def _timeout(self) -> timedelta:
-        return self._group._get_backend(torch.device("cpu")).options._timeout
+        return self._group._get_backend(self._group._device_types[0]).options._timeout
 
 
 _boards: weakref.WeakKeyDictionary[Any, Board] = weakref.WeakKeyDictionary()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from normkit.backend import aten
 from normkit.runtime import recompute, statistics
-from normkit.runtime.board import FAILED, board
+from normkit.runtime.board import NOTHING, board
 from normkit.runtime.statistics import Moments
 
 _NORMS = ("batch", "ghost", "renorm", "backward of a backward")
@@ -100,15 +100,16 @@ class Merge:
     A rank that waits for more than a second looks up the others' notes: one that failed in place of
     this message, by whatever exception of the layer, ends the wait in a `RankError`. One that
     doesn't call the layer ends it in the group's timeout; the error then says whose layer was last
-    called in evaluation. Compiled code notes and agrees as all do, but its waiting isn't watched
-    and its messages are of the channels at hand. Not found: layers of other channels that pair up
-    wrongly, both used before. Their messages differ in size, which gloo ends the process for.
+    called in evaluation. Compiled code sends other sums than eager code, so all ranks must change
+    between these together; it notes and agrees as all do, but while it waits it looks up nothing.
+    Not found: layers of other channels that pair up wrongly, both used before. Their messages
+    differ in size, which gloo ends the process for.
     """
 
     def __init__(self, process_group: Any = None, layer: Any = "synchronized statistics") -> None:
         self._shared, self.layer = _Shared(process_group), layer
         self._handle = _register(self)
-        self._agreed = 0
+        self._agreed, self._compiled = 0, False
         self._last: tuple[Any, Tensor] = (None, torch.empty(0))
 
     @property
@@ -184,7 +185,7 @@ class Merge:
         if board(self.process_group).number > sent:
             board(self.process_group).aside(own, failed=True)
         elif not self._agreed:
-            self._meet(FAILED, own)
+            self._meet(NOTHING, own)
         else:
             device = next((t.device for t in tensors if isinstance(t, Tensor)), None)
             nothing = torch.zeros(_HEADER + 3 * self._agreed, dtype=torch.float64, device=device)
@@ -192,28 +193,38 @@ class Merge:
             if heads.any():
                 raise self._disagreement(own, self._looked_at(heads)) from error
 
-    def _meet(self, channels: int, said: Any) -> None:
-        """Agree on the channels of the first message; all failed ranks together return too."""
+    def announce(self, channels: int) -> None:
+        """What compiled code does at runtime before a message: of so many channels, or a sum."""
+        if channels:
+            try:
+                self._agree(channels, None, compiled=True)
+            except RankError as error:
+                raise RankError(f"{self.layer}: {error}") from None
+        own = board(self.process_group)
+        own.post(_statistics(channels, True) if channels else "compiled gradients")
+        own.number += 1
+
+    def _agree(self, channels: int, said: Any, *, compiled: bool) -> None:
+        """See that all ranks send as much, and are compiled or not, where this isn't known yet."""
+        if (
+            not self._agreed
+            or (compiled and channels != self._agreed)
+            or compiled != self._compiled
+        ):
+            self._meet(_statistics(channels, compiled), said)
+            self._agreed, self._compiled = channels, compiled
+
+    def _meet(self, sends: str, said: Any) -> None:
+        """Wait until all ranks have come to this message, and raise unless they send the same."""
         own = board(self.process_group)
         with self._named("first call"):
-            notes = own.meet(channels, said)
-        if any(note.size != channels for note in notes):
+            notes = own.meet(sends, said)
+        if any(note.sends != sends for note in notes):
             error = _misfit([note.said for note in notes])
-            own.aside(f"{error}", failed=True)
+            own.aside(f"refused to send, since {error}", failed=True)
             own.number += 1
             raise error
-        if channels == FAILED:
-            own.number += 1
-        else:
-            self._agreed = channels
-
-    def announce(self, channels: int) -> None:
-        """What compiled code does at runtime, before a message: of so many channels, or a sum."""
-        if channels not in (0, self._agreed):
-            self._meet(channels, f"channels {channels}, compiled")
-        own = board(self.process_group)
-        own.post(channels, f"compiled, {channels} channels" if channels else "a compiled backward")
-        own.number += 1
+        own.number += sends == NOTHING
 
     def _exchange(self, own: Tensor, settings: Settings, whole: bool) -> tuple[Tensor, bool]:
         """(W, 3, C): every rank's moments; and whether they are known to be whole on all."""
@@ -224,8 +235,7 @@ class Merge:
             everyone = self._gather(message)
             _check_alike(everyone)
             return everyone[:, _HEADER:].unflatten(1, own.shape), False
-        if not self._agreed:
-            self._meet(channels, settings.texts())
+        self._agree(channels, settings.texts(), compiled=False)
         while True:
             fits = channels == self._agreed
             body = own.flatten() if fits else own.new_zeros(3 * self._agreed)
@@ -267,7 +277,7 @@ class Merge:
             collective(*tensors, group=group)
             return
         own = board(group)
-        own.post(self._agreed if what == "statistics" else 0, f"{what} of {self._agreed} channels")
+        own.post(_statistics(self._agreed, False) if what == "statistics" else what)
         try:
             with self._named(what):
                 if tensors[0].is_cpu:
@@ -308,6 +318,10 @@ class Merge:
             here = dist.get_rank(self.process_group)
             return RankError(f"all ranks must fit together, rank {here} doesn't: {own}")
         return _misfit(gathered(own, self.process_group or dist.group.WORLD))
+
+
+def _statistics(channels: int, compiled: bool) -> str:
+    return f"{'compiled ' * compiled}statistics of {channels} channels"
 
 
 _merges: weakref.WeakValueDictionary[int, Merge] = weakref.WeakValueDictionary()
