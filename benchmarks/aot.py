@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from normkit.backend import triton as backend
+from normkit.common.files import write
 from normkit.formula import pool
 from normkit.formula.pool import Pool
 from normkit.formula.spec import Inputs, Spec
@@ -244,4 +245,4 @@ if __name__ == "__main__":
         spills = max(row[str(c)]["spilled"] for c in CAPABILITIES)
         note = f"  SPILLS {spills}" if spills else ""
         print(f"{row['call']:<44} {row['kernel']:<9} {row['phase']:<9} {shown}{note}", flush=True)
-    RESULTS.write_text(json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n")
+    write(RESULTS, json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n")

@@ -26,6 +26,7 @@ from typing import Any
 from torch import multiprocessing
 
 from normkit.bench.harness import machine
+from normkit.common.files import write
 from normkit.lab.engine import engine_for
 from normkit.lab.results.store import Store
 from normkit.lab.training.arms import Arm
@@ -131,8 +132,8 @@ def through_ray(report: Report, waiting: int) -> float:
 
 LOADING = """
 import sys, time
-from normkit.lab.config import Config
-from normkit.lab.data import load_data
+from normkit.lab.training.config import Config
+from normkit.lab.training.data import load_data
 config = Config(data=sys.argv[1]).resolved("speed")
 began = time.perf_counter()
 load_data(config)
@@ -214,7 +215,7 @@ def main() -> None:
             "microseconds": costs,
             "data seconds": fetched,
         }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from normkit.backend import triton_plan
 from normkit.bench import harness
 from normkit.bench.cases import MODES, Case, cases
 from normkit.bench.models import resnet50
+from normkit.common.files import write
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("conformance", "resnet50", "table")
@@ -316,9 +317,7 @@ class Run:
 
     def save(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.out.with_suffix(".partial")
-        partial.write_text(json.dumps(self.result, indent=1) + "\n")
-        partial.replace(self.out)
+        write(self.out, json.dumps(self.result, indent=1) + "\n")
 
 
 def facts(device: str) -> dict[str, Any]:

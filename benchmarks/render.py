@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from normkit.common.files import write
 from normkit.lab.training.train import _CHECKPOINT_SECONDS, _REPORT_SECONDS
 
 ROOT = Path(__file__).parent.parent
@@ -465,21 +466,21 @@ def scale(result: dict[str, Any], text: str) -> str:
 if __name__ == "__main__":
     measured = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
     target = ROOT / "README.md"
-    target.write_text(readme(measured, target.read_text()))
-    (ROOT / "docs/benchmark.md").write_text(full(measured))
+    write(target, readme(measured, target.read_text()))
+    write(ROOT / "docs/benchmark.md", full(measured))
     timed = json.loads((ROOT / "benchmarks/results/engines.json").read_text())
     page = ROOT / "docs/scale.md"
-    page.write_text(scale(timed, page.read_text()))
+    write(page, scale(timed, page.read_text()))
     over_ranks = json.loads((ROOT / "benchmarks/results/sync.json").read_text())
     page = ROOT / "docs/sync.md"
-    page.write_text(synchronized(over_ranks, page.read_text()))
+    write(page, synchronized(over_ranks, page.read_text()))
     compiled = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
-    (ROOT / "docs/kernels.md").write_text(kernels(compiled))
+    write(ROOT / "docs/kernels.md", kernels(compiled))
     on_gpu = ROOT / "benchmarks/results/gpu.json"
     if on_gpu.exists():
         result = json.loads(on_gpu.read_text())
-        target.write_text(readme(result, target.read_text(), "gpu"))
-        (ROOT / "docs/gpu.md").write_text(gpu(result))
+        write(target, readme(result, target.read_text(), "gpu"))
+        write(ROOT / "docs/gpu.md", gpu(result))
     if "--no-picture" not in sys.argv:
         for scheme, name in (("light", "benchmark.png"), ("dark", "benchmark-dark.png")):
             picture(measured, ROOT / "docs" / name, scheme)

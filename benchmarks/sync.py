@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 import normkit
 from normkit.bench import harness
+from normkit.common.files import write
 from normkit.runtime.sync import _HEADER, _all_gather
 
 SHAPES = (
@@ -129,7 +130,7 @@ def main() -> None:
     for process in ranks:
         process.join()
     if options.out:
-        options.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write(options.out, json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import nn
 
 import normkit
 from normkit import backend, parametrizations
+from normkit.common.files import write
 from normkit.factory import arguments
 from normkit.formula.spec import Inputs, Spec
 
@@ -204,4 +205,4 @@ def parameters(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), "utf-8")
+    write(PAGE, page())

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import normkit
+from normkit.common.files import write
 from normkit.tools.rules import RULES
 
 HERE = Path(__file__).parent
@@ -367,10 +368,10 @@ def main():
         }
         results = {"torch": torch.__version__}
         results |= {name: part() for name, part in parts.items()}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        write(RESULTS, json.dumps(results, indent=1) + "\n")
     page = HERE / "tools.md"
     results = json.loads(RESULTS.read_text("utf-8"))
-    page.write_text(written(page.read_text("utf-8"), results), "utf-8")
+    write(page, written(page.read_text("utf-8"), results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
+import resource
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -54,3 +56,19 @@ def compiled_code_is_forgotten():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk():` no file of this process can grow beyond some bytes."""
+
+    @contextmanager
+    def limited(size=100):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

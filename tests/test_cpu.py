@@ -166,7 +166,7 @@ def test_every_instruction_set_passes_the_oracle(wanted):
         return  # what test_oracle itself ran on
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
+            *(sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider"),
             Path(__file__).parent / "test_oracle.py",
         ],
         env=os.environ | {"NORMKIT_CPU": wanted},

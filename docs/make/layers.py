@@ -11,6 +11,8 @@ from pathlib import Path
 
 import grimp
 
+from normkit.common.files import write
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "design.md"
 MARKS = ("<!-- layers -->", "<!-- /layers -->")
@@ -49,4 +51,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), "utf-8")
+    write(PAGE, page())

@@ -22,6 +22,7 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
+from normkit.common.files import write
 from normkit.lab.engine import engine_for
 from normkit.lab.report.page import Section, page
 from normkit.lab.report.progress import progress_for
@@ -166,7 +167,7 @@ def main() -> None:
     for folder in folders:
         names = [name for name in studies if (folder / name / Store.FILE).is_file()]
         sections.append([judged(studies[name], folder / name) for name in names])
-        (folder / "report.html").write_text(page(sections[-1]), "utf-8")
+        write(folder / "report.html", page(sections[-1]))
     for name, study in studies.items():
         path = HERE / f"{name}.json"
         held = json.loads(path.read_text("utf-8")) if path.is_file() else []
@@ -174,14 +175,14 @@ def main() -> None:
         records = merged(held, new)
         if records:
             text = json.dumps(records, indent=1, ensure_ascii=False)
-            path.write_text(text + "\n", "utf-8")
-            (HERE / f"{name}.md").write_text(study_page(study, records), "utf-8")
+            write(path, text + "\n")
+            write(HERE / f"{name}.md", study_page(study, records))
     text = (HERE / "README.md").read_text("utf-8")
     start, end = "<!-- made by make.py -->", "<!-- until here -->"
     before, _, rest = text.partition(start)
     after = rest.partition(end)[2]
     made = f"{before}{start}\n\n{table(studies)}\n\n{end}{after}"
-    (HERE / "README.md").write_text(made, "utf-8")
+    write(HERE / "README.md", made)
     if not folders:
         return
     for scheme, suffix in (("light", ""), ("dark", "-dark")):

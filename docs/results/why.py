@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from normkit.common.files import write
 from normkit.lab.results.measures import percent, said
 from normkit.lab.results.verdict import estimate
 from normkit.lab.studies import affine, batch_size, placement
@@ -150,7 +151,7 @@ def main() -> None:
         },
     }
     text = json.dumps(found, indent=1, ensure_ascii=False)
-    Path(__file__).with_name("why.json").write_text(text + "\n", "utf-8")
+    write(Path(__file__).with_name("why.json"), text + "\n")
 
 
 main()

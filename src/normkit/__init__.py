@@ -1,67 +1,26 @@
 """Normalization layers, kernels, studies and tools for PyTorch."""
 
-from normkit import functional, parametrizations
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
 from normkit.common.version import VERSION
-from normkit.dispatch import backends, explain, info
-from normkit.factory import create
-from normkit.layers import (
-    BatchNorm,
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    BatchRenorm,
-    FrozenBatchNorm,
-    GhostBatchNorm,
-    GroupNorm,
-    InstanceNorm,
-    InstanceNorm1d,
-    InstanceNorm2d,
-    InstanceNorm3d,
-    LayerNorm,
-    RMSNorm,
-    SyncBatchNorm,
-)
-from normkit.runtime import recompute
-from normkit.runtime.state import functional_call
-from normkit.standalone import DyT, FilterResponseNorm, GlobalResponseNorm
-from normkit.standardize import Standardize
-from normkit.tools.fold import fold
-from normkit.tools.inspect import inspect
-from normkit.tools.recalibrate import recalibrate
-from normkit.tools.swap import swap
 
 __version__ = VERSION
 
-__all__ = [
-    "BatchNorm",
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "BatchRenorm",
-    "DyT",
-    "FilterResponseNorm",
-    "FrozenBatchNorm",
-    "GhostBatchNorm",
-    "GlobalResponseNorm",
-    "GroupNorm",
-    "InstanceNorm",
-    "InstanceNorm1d",
-    "InstanceNorm2d",
-    "InstanceNorm3d",
-    "LayerNorm",
-    "RMSNorm",
-    "Standardize",
-    "SyncBatchNorm",
-    "backends",
-    "create",
-    "explain",
-    "fold",
-    "functional",
-    "functional_call",
-    "info",
-    "inspect",
-    "parametrizations",
-    "recalibrate",
-    "recompute",
-    "swap",
-]
+if TYPE_CHECKING:
+    from normkit.api import *  # noqa: F403
+else:
+
+    def __getattr__(name):
+        """Import at the first use, since torch takes seconds and `normkit --help` needs none."""
+        if importlib.util.find_spec(f"{__name__}.{name}"):
+            return importlib.import_module(f"{__name__}.{name}")
+        api = importlib.import_module(f"{__name__}.api")
+        if name not in ("__all__", *api.__all__):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = getattr(api, name)
+        return globals()[name]
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})

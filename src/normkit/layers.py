@@ -134,9 +134,11 @@ class _BatchLayer(_Norm, _BatchNorm):
             self._warn_if_exported()
         if moving and self.micro_batches > 1:
             own |= {"pending": self._pending(), "micro_batches": self.micro_batches}
-        merges = self.merge is not None and self._merges(by_running)
-        if merges:
-            own["merge"] = self.merge
+        merges, sent = self._merges(by_running), 0
+        if self.merge is not None:
+            sent = self.merge.begins(merges)
+            if merges:
+                own["merge"] = self.merge
         read = by_running or moving
         weight, bias = _given_or(self.weight, weight), _given_or(self.bias, bias)
         try:
@@ -156,15 +158,17 @@ class _BatchLayer(_Norm, _BatchNorm):
                 ranks=self.ranks,
                 **own,
             )
-        except (ValueError, TypeError) as error:
-            if merges:
-                self._tell(error, input, weight, bias)
-            raise self._named(error) from error
+        except Exception as error:
+            if merges and self.merge is not None:
+                self._tell(error, sent, input, weight, bias)
+            if isinstance(error, ValueError | TypeError):
+                raise self._named(error) from error
+            raise
 
-    def _tell(self, error: Exception, *given: Tensor | None) -> None:
+    def _tell(self, error: Exception, sent: int, *given: Tensor | None) -> None:
         """Tell the ranks that wait for this one."""
         assert self.merge is not None
-        self._call(self.merge.fail, error, *self.buffers(), *self.parameters(), *given)
+        self._call(self.merge.fail, error, sent, *self.buffers(), *self.parameters(), *given)
 
     def _formula(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """The functional form of this layer, and the arguments that it alone has."""

@@ -137,6 +137,39 @@ def test_a_bad_npz_is_named_with_the_remedy(arrays, said, tmp_path):
         load(tmp_path / "d.npz")
 
 
+def test_other_arrays_of_an_npz_stay_unread(tmp_path):
+    np.savez(tmp_path / "d.npz", x=X, y=Y)
+    plain = load(tmp_path / "d.npz").fingerprint()
+    others = {
+        "class_names": np.array(["a", "b"]),
+        "objects": np.array([{}, None], dtype=object),
+        "when": np.array(["2026-01-01"], dtype="datetime64[D]"),
+        "spectrum": np.ones(3, complex),
+    }
+    np.savez(tmp_path / "d.npz", x=X, y=Y, **others)
+    assert load(tmp_path / "d.npz").fingerprint() == plain
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"threads": 100_000}, "--threads is 100000; .* at most 1,024"),
+        ({"seeds": 10**30}, "--seeds is 10{30}; .* at most 100,000"),
+        ({"steps": 10**20}, "--steps is 10{20}; .* at most 1,000,000,000"),
+        ({"jobs": -1}, "--jobs is -1"),
+        ({"device": "meta"}, "--device 'meta' can't be used here"),
+        ({"out": "caf\udce9"}, "--out 'caf.*' isn't UTF-8"),
+        ({"data_root": "\udcff"}, "--data-root .* isn't UTF-8"),
+        ({"out": "a\0b"}, "--out .* holds a zero character"),
+        ({"out": ""}, "--out is empty"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_option_that_could_only_fail_later_is_refused_at_once(options, said):
+    with pytest.raises(LabError, match=said):
+        Config(**options).resolved("speed")
+
+
 def test_an_npz_that_is_missing_or_truncated(tmp_path):
     with pytest.raises(LabError, match="no such file"):
         load(tmp_path / "none.npz")

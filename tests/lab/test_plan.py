@@ -25,7 +25,7 @@ def test_a_budget_without_a_unit_is_refused(text):
 
 def test_a_budget_too_small_for_anything_names_the_shortest_study(command, tmp_path):
     ended = command("all", *FAST, "--budget", "0.001s")
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert "is too small for any study: the shortest, " in ended.stderr
     assert not (tmp_path / "runs").exists()
 
@@ -37,7 +37,7 @@ def test_options_that_make_no_sense_are_refused(command):
         (("al",), "Did you mean 'all'?"),
     ):
         ended = command(*words)
-        assert ended.returncode == 1
+        assert ended.returncode == 2
         assert said in ended.stderr
 
 

@@ -137,7 +137,7 @@ def test_workers_that_differ_are_refused(lacking, said, study):
     )
     words = ("--model", "mine:net", "--steps", 20, "--seeds", 1, "--out", lacking)
     code, _, stderr = study.end(*words, *study.on_ray, program=program)
-    assert code == 1
+    assert code == 2
     assert said in stderr
     assert "Traceback" not in stderr
 
@@ -151,7 +151,7 @@ def test_a_model_that_kills_its_worker_is_given_up_and_named(study):
     code, _, stderr = study.end(
         "--steps", 20, "--seeds", 1, "--arms", "none", "--model", "deadly:net", *study.on_ray
     )
-    assert code == 1
+    assert code == 2
     assert stderr.count("no norm, seed 0 was lost (WorkerCrashedError)") == 2
     assert "was lost 3 times without a checkpoint in between" in stderr
 
@@ -173,14 +173,14 @@ def test_an_address_without_a_cluster_is_refused_within_seconds(study):
         nowhere = f"127.0.0.1:{free.getsockname()[1]}"
         words = ("--engine", "ray", "--steps", 20, "--out", "nowhere", "--ray-address")
         code, _, stderr = study.end(*words, nowhere)
-        assert code == 1
+        assert code == 2
         assert f"no Ray cluster can be reached at {nowhere}" in stderr
         free.listen()
         code, _, stderr = study.end(*words, nowhere)
-        assert code == 1
+        assert code == 2
         assert f"--ray-address {nowhere}: Failed to connect to Ray cluster" in stderr
     code, _, stderr = study.end(*words, "ray://127.0.0.1:10001")
-    assert code == 1
+    assert code == 2
     assert "'ray://127.0.0.1:10001' is not host:port" in stderr
 
 

@@ -15,7 +15,7 @@ FAST = ("--steps", 60, "--eval-every", 10, "--seeds", 1, "--arms", "none,batch",
 
 
 def refused(ended, *said):
-    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert ended.returncode == 2, ended.stdout + ended.stderr
     for text in said:
         assert text in ended.stderr
     assert "Traceback" not in ended.stderr or "Traceback" in said
@@ -275,6 +275,7 @@ def test_a_users_module_that_fails_shows_their_traceback_not_ours(command, tmp_p
         (("speed", "--batch-size", 5000), "more than the 1078 training samples"),
         (("speed", "--steps", 10, "--eval-every", 20), "--eval-every 20 is more than --steps 10"),
         (("speed", "--device", "cuba"), "--device 'cuba' can't be used here"),
+        (("speed", "--device", "meta"), "--device 'meta' can't be used here"),
         (("speed", "--model", "cnn", "--data", "d.npz"), "takes images (C, H, W)"),
     ],
 )

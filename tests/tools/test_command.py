@@ -58,15 +58,15 @@ def test_json_is_one_object(setup, capsys):
         ("    raise OSError('no disk')\n", "    raise OSError('no disk')\nOSError: no disk"),
     ],
 )
-def test_unusable_input_is_said_and_ends_with_1(setup, body, said, capsys):
-    assert main(["recalibrate", setup(body)]) == 1
+def test_unusable_input_is_said_and_ends_with_2(setup, body, said, capsys):
+    assert main(["recalibrate", setup(body)]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_a_module_that_fails_to_import_shows_its_own_traceback(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fails_here.py").write_text("def f():\n    return 1 / 0\nf()\n")
-    assert main(["recalibrate", "fails_here:setup"]) == 1
+    assert main(["recalibrate", "fails_here:setup"]) == 2
     said = capsys.readouterr().err
     assert 'fails_here.py", line 3' in said
     assert "ZeroDivisionError" in said
@@ -86,7 +86,7 @@ def test_swap_takes_its_options(setup, capsys):
     said = capsys.readouterr().out
     assert "GroupNorm(2 groups)" in said
     assert "largest change of the output: " in said
-    assert main(["swap", setup(body), "--to", "grouped"]) == 1
+    assert main(["swap", setup(body), "--to", "grouped"]) == 2
     assert "unknown to='grouped'" in capsys.readouterr().err
 
 
@@ -95,7 +95,7 @@ def test_fold_refuses_by_name(setup, capsys):
     body = f"    return {{'model': {net}, 'example': torch.randn(4, 2)}}\n"
     assert main(["fold", setup(body), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["folded"] == 1
-    assert main(["fold", setup(body), "--tolerance", "0"]) == 1
+    assert main(["fold", setup(body), "--tolerance", "0"]) == 2
     assert "folding 0 -> 1" in capsys.readouterr().err
 
 
@@ -128,3 +128,63 @@ def test_inspect_fixes_and_writes_a_page(setup, tmp_path, capsys):
     assert main(["inspect", setup(body), "--fix", "--html", str(page)]) == 0
     assert "mended 1: NK03 never-updated" in capsys.readouterr().out
     assert "<h1>No findings in 1 norms</h1>" in page.read_text()
+
+
+@pytest.mark.parametrize("command", ["inspect", "recalibrate", "swap"])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("    raise ValueError('theirs')\n", "ValueError: theirs"),
+        ("    import sys; sys.exit(1)\n", "the code that was run ended the program with 1"),
+        (
+            "    class Net(nn.Module):\n"
+            "        def forward(self, x):\n            return x + 1 / 0\n"
+            "    return {'model': nn.Sequential(nn.BatchNorm1d(3), Net())} | DATA\n",
+            "ZeroDivisionError",
+        ),
+    ],
+    ids=["the function raises", "it exits with 1", "the model raises"],
+)
+def test_a_failure_never_ends_with_the_status_of_findings(setup, command, body, said, capsys):
+    data = (
+        "{'example': torch.ones(2, 3)}" if command == "swap" else "{'loader': [torch.ones(2, 3)]}"
+    )
+    assert main([command, setup(body.replace("DATA", data))]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_with_130(setup, capsys):
+    assert main(["inspect", setup("    raise KeyboardInterrupt\n")]) == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--out", "--html"])
+def test_where_a_result_goes_is_proven_before_the_work(setup, flag, tmp_path, capsys):
+    body = f"    open({str(tmp_path / 'ran')!r}, 'w')\n{HEALTHY}"
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    for target, said in (
+        ("folder", "it is a folder"),
+        ("none/file", "there is no folder"),
+        ("file/below", "there is no folder"),
+        ("x" * 300, "File name too long"),
+    ):
+        assert main(["inspect", setup(body), flag, str(tmp_path / target)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1, said
+    same = str(tmp_path / "same")
+    assert main(["inspect", setup(body), "--out", same, "--html", same]) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_leaves_the_old_file_and_is_one_line(setup, tmp_path, capsys, full_disk):
+    out, page = tmp_path / "out.pt", tmp_path / "page.html"
+    for command, option, target in (("recalibrate", "--out", out), ("inspect", "--html", page)):
+        target.write_text("old")
+        theirs = setup(HEALTHY)
+        with full_disk():
+            assert main([command, theirs, option, str(target)]) == 2
+        said = capsys.readouterr().err
+        assert f"can't write {target}: File too large" in said
+        assert said.count("\n") == 1
+        assert target.read_text() == "old"
+    assert not list(tmp_path.glob(".normkit-*"))

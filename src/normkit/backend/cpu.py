@@ -33,6 +33,10 @@ def available() -> str | None:
     except OSError as error:
         return f"the C++ core can't be loaded: {error}"
     _register_shapes()
+    try:
+        instructions()
+    except RuntimeError as error:
+        return "NORMKIT_CPU=" + str(error).splitlines()[0].partition("NORMKIT_CPU=")[2]
     return None
 
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from normkit.bench import harness
 from normkit.bench.cases import Case, cases
 from normkit.bench.models import MODELS, training_step
+from normkit.common.errors import LabError
+from normkit.common.files import check_writable, write
 
 COMPILED = ((128, 64, 32, 32), (4096, 768))
 """The shapes at which torch.compile runs too, forward and backward: each costs it a minute."""
 
 
-def main(out: Path | None, only: str | None, seconds: float, compiled: bool) -> int:
-    """Time the cases whose name holds `only` (all), print a line each, write `out`."""
+def main(out: Path | None, only: str | None, seconds: float, compiled: bool) -> None:
+    """Time the cases whose name holds `only` (all), print a line each, write `out`.
+
+    Raises LabError where no case's name does, or `out` can't be written.
+    """
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
     machine = harness.machine()  # its load too is that before the run
     rows = []
     for case in cases():
@@ -37,13 +44,10 @@ def main(out: Path | None, only: str | None, seconds: float, compiled: bool) -> 
             _show(model.name, models[-1])
     if not rows and not models:
         some = ", ".join(map(str, list(cases())[:3]))
-        print(f"normkit bench: no case's name holds {only!r}; cases: {some}, ...", file=sys.stderr)
-        return 1
+        raise LabError(f"no case's name holds {only!r}; cases: {some}, ...")
     if out is not None:
         result = {"machine": machine, "rows": rows, "models": models}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+        write(out, json.dumps(result, indent=1) + "\n")
 
 
 def _compiles(case: Case) -> bool:

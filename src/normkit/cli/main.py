@@ -4,11 +4,17 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import math
+import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import normkit
+from normkit.common.errors import LabError
 
 _LAB_NEEDS = {
     "numpy": "numpy",
@@ -19,27 +25,78 @@ _LAB_NEEDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 for unusable input, 2 for bad options, 130 on Ctrl-C."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.command == "info":
-        import normkit
+DONE, FINDINGS, FAILED, INTERRUPTED = 0, 1, 2, 130
+"""The exit statuses of every command; findings are those of inspect."""
 
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status; wrong options exit with 2 by themselves."""
+    options = _parser().parse_args(arguments)
+    try:
+        status = _run(options)
+        sys.stdout.flush()
+        return status
+    except LabError as error:
+        return _failed(f"error: {error}")
+    except KeyboardInterrupt:
+        kept = "; what was trained is kept, the same command goes on from there"
+        print(f"\nnormkit: stopped{kept * (options.command == 'study')}", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as error:
+        return _failed(f"error: the code that was run ended the program with {error.code!r}")
+    except Exception as error:
+        if isinstance(error, OSError) and not _can_print():
+            return _failed(f"error: the output can't be written: {error.strerror}")
+        traceback.print_exc()
+        return FAILED
+
+
+def _failed(said: str) -> int:
+    print(f"normkit: {said}", file=sys.stderr)
+    return FAILED
+
+
+def _can_print() -> bool:
+    """Whether stdout takes an empty line; if not, the rest goes nowhere, without more errors."""
+    try:
+        print(flush=True)
+        return True
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "info":
         print(normkit.info())
-        return 0
+        return DONE
     if options.command == "bench":
         from normkit.bench import run
 
-        return run.main(options.out, options.only, options.seconds, not options.no_compile)
+        run.main(options.out, options.only, options.seconds, not options.no_compile)
+        return DONE
     if options.command == "study":
         return _study(options)
     if options.command is not None:
         from normkit.cli.tools import main as tool
 
-        return tool(options)
-    parser.print_help()
-    return 2
+        return FINDINGS if tool(options) else DONE
+    _parser().print_help()
+    return FAILED
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 to 1,000,000,000")
+    return number
+
+
+def _amount(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give a finite number of at least 0")
+    return number
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,7 +121,7 @@ class _Parser(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"normkit: error: {message}\nSee {self.prog} --help.\n")
+        self.exit(FAILED, f"normkit: error: {message}\nSee {self.prog} --help.\n")
 
 
 def _flags(parser: argparse.ArgumentParser, found: argparse.Namespace) -> list[str]:
@@ -78,9 +135,22 @@ def _flags(parser: argparse.ArgumentParser, found: argparse.Namespace) -> list[s
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="normkit", description=__doc__, allow_abbrev=False)
+    parser = _Parser(
+        prog="normkit",
+        description=__doc__,
+        epilog="Exit status: 0 done, 1 findings of inspect, 2 wrong input or a failure, "
+        "130 interrupted.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", metavar="command")
-    commands.add_parser("info", help="which backends this installation has, and why not others")
+    parser.add_argument("--version", action="version", version=f"normkit {normkit.__version__}")
+    commands.add_parser(
+        "info",
+        help="which backends this installation has, and why not others",
+        description="Print the versions, the machine and, for each backend, whether it can be used "
+        "here, or why not.",
+        allow_abbrev=False,
+    )
     bench = commands.add_parser(
         "bench",
         help="time the layers against torch's and the memory floor",
@@ -90,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--only", metavar="TEXT", help="cases whose name holds this, as 'GN(8) 32x'")
     bench.add_argument(
-        "--seconds", type=float, default=0.15, metavar="S", help="time for a case (default: 0.15)"
+        "--seconds", type=_amount, default=0.15, metavar="S", help="time for a case (default: 0.15)"
     )
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     bench.add_argument("--out", type=Path, metavar="FILE", help="write the results there, as JSON")
@@ -160,8 +230,8 @@ def _add_tools(commands: Any) -> None:
     only = "names of layers, as in a shell: 'layer1.*'"
     add = tool("recalibrate", "replace running averages by exact statistics", "loader")
     add("--sequential", action="store_true", default=None, help="a pass for each layer")
-    add("--tolerance", type=float, metavar="T", help="stop at this standard error of the means")
-    add("--batches", type=int, metavar="N", help="read at most so many batches (default: all)")
+    add("--tolerance", type=_amount, metavar="T", help="stop at this standard error of the means")
+    add("--batches", type=_count, metavar="N", help="read at most so many batches (default: all)")
     add("--only", metavar="PATTERN", help=only)
     add("--out", type=Path, metavar="FILE", help=out)
 
@@ -172,22 +242,21 @@ def _add_tools(commands: Any) -> None:
         "another name of normkit.create (default: normkit's layer of the same kind)",
     )
     add("--only", metavar="PATTERN", help=only)
-    add("--groups", type=int, metavar="N", help="at most so many groups (default: 32)")
+    add("--groups", type=_count, metavar="N", help="at most so many groups (default: 32)")
     add("--fuse", action="store_true", default=None, help="fuse the activations behind norms")
     add("--out", type=Path, metavar="FILE", help=out)
 
     add = tool("fold", "fold the norms of evaluation into the layers beside them", "example")
     add("--only", metavar="PATTERN", help=only)
-    add("--tolerance", type=float, metavar="T", help="largest error over largest output")
+    add("--tolerance", type=_amount, metavar="T", help="largest error over largest output")
     add("--out", type=Path, metavar="FILE", help=out)
 
     add = tool(
         "inspect",
-        "find faults of normalization in a model and its data; exit status 1 "
-        "if there are any, 2 for unusable input",
+        "find faults of normalization in a model and its data; exit status 1 if there are any",
         "loader",
     )
-    add("--batches", type=int, metavar="N", help="look at so many batches (default: 8)")
+    add("--batches", type=_count, metavar="N", help="look at so many batches (default: 8)")
     add("--ignore", type=lambda codes: codes.split(","), metavar="CODES", help="as NK05,NK10")
     add("--fix", action="store_true", default=None, help="mend what can be mended safely")
     add("--html", type=Path, metavar="FILE", help="write a page with every layer's data")
@@ -198,35 +267,22 @@ def _study(options: argparse.Namespace) -> int:
     missing = [name for name in _LAB_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join(_LAB_NEEDS[name] for name in missing)
-        print(
-            f"normkit: error: studies need {names}, not installed here; "
-            "pip install 'normkit[lab]' brings them",
-            file=sys.stderr,
+        raise LabError(
+            f"studies need {names}, not installed here; pip install 'normkit[lab]' brings them"
         )
-        return 1
-    from normkit.common.errors import LabError
     from normkit.lab.engine.together import dismiss, follow
     from normkit.lab.training import ranks
 
     if ranks.rank() > 0:
-        return follow()
-    try:
-        _run(options)
+        follow()
+    else:
+        _lead(options)
         dismiss()
-        return 0
-    except LabError as error:
-        print(f"normkit: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "\nnormkit: stopped; what was trained is kept, the same command goes on from there",
-            file=sys.stderr,
-        )
-        return 130
+    return DONE
 
 
-def _run(options: argparse.Namespace) -> None:
-    from normkit.common.errors import LabError, unknown
+def _lead(options: argparse.Namespace) -> None:
+    from normkit.common.errors import unknown
     from normkit.lab.plan import run_all, seconds
     from normkit.lab.report.progress import progress_for
     from normkit.lab.run import run_study

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect as introspection
+import io
 import json
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -13,37 +15,42 @@ import torch
 
 import normkit
 from normkit.common.errors import LabError, unknown
+from normkit.common.files import check_writable, write
 from normkit.common.user_code import call, load
 from normkit.tools.model import ToolError
 
 _NOT_ARGUMENTS = ("command", "setup", "json", "out", "html")
 
 
-def main(options: argparse.Namespace) -> int:
-    """Run a tool; return 0, or 1 for unusable input; inspect returns 1 for findings and 2 for that.
+def main(options: argparse.Namespace) -> bool:
+    """Run a tool, write and print what it says; return whether inspect found anything.
 
-    What a tool itself raises for an input is said in a line; what the user's code raises is theirs
-    to see in full.
+    What a tool itself raises for an input is a LabError; what the user's code raises is theirs to
+    see in full.
     """
     linter = options.command == "inspect"
+    page = options.html if linter else None
+    targets = [target for target in (options.out, page) if target is not None]
+    for target in targets:
+        check_writable(target)
+    if len({os.path.realpath(target) for target in targets}) < len(targets):
+        raise LabError(f"--out and --html are both {options.out}; give two files")
     try:
         report = _run(options)
-    except (LabError, ToolError) as error:
-        print(f"normkit: error: {error}", file=sys.stderr)
-        return 2 if linter else 1
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if options.json else report)
+    except ToolError as error:
+        raise LabError(str(error)) from None
     if options.out:
-        torch.save(report.model.state_dict(), options.out)
-    if linter and options.html:
-        options.html.write_text(report.to_html(), "utf-8")
-    return int(linter and bool(report.rows))
+        state = io.BytesIO()
+        torch.save(report.model.state_dict(), state)
+        write(options.out, state.getbuffer())
+    if page:
+        write(page, report.to_html())
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if options.json else report)
+    return linter and bool(report.rows)
 
 
 def _run(options: argparse.Namespace) -> Any:
     tool = getattr(normkit, options.command)
-    for target in (options.out, getattr(options, "html", None)):
-        if target is not None and not target.parent.is_dir():
-            raise LabError(f"can't write {target}: there is no folder {target.parent}")
     made = call(load(options.setup, "setup"), f"calling {options.setup!r}")
     arguments: dict[str, Any] = dict(made) if isinstance(made, Mapping) else {"model": made}
     if "model" in arguments and not isinstance(arguments["model"], torch.nn.Module):

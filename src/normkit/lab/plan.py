@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from normkit.common.errors import LabError
+from normkit.common.files import check_writable, write
 from normkit.lab.engine import Engine, engine_for
 from normkit.lab.report.page import Section, page
 from normkit.lab.report.progress import Progress
 from normkit.lab.results.measures import duration
-from normkit.lab.results.store import Store, write_file
+from normkit.lab.results.store import Store, disk_errors
 from normkit.lab.run import done
 from normkit.lab.study import NotApplicable, Study
 from normkit.lab.training import ranks
@@ -104,6 +105,10 @@ def _run_all(
                 f"{duration(spent)} of planning; give more, or fewer --seeds or --steps"
             )
     progress.plan([(plan.study.name, plan.seconds) for plan in planned], budget)
+    report = folder / Store.REPORT
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    check_writable(report)
     sections: list[Section] = []
     for plan in planned:
         left = None if budget is None else budget - (time.monotonic() - started)
@@ -117,10 +122,10 @@ def _run_all(
         sections.append(done(plan.study, plan.given, progress, engine))
         # After each one, so that a run that is stopped leaves a report of what it did.
         ordered = sorted(sections, key=lambda s: list(studies).index(s.study.name))
-        write_file(folder / "report.html", page(ordered, skipped))
-    write_file(folder / "report.html", page(ordered, skipped))
+        write(report, page(ordered, skipped))
+    write(report, page(ordered, skipped))
     verdicts = [(s.study.name, v) for s in ordered for v in s.findings.verdicts]
-    progress.overview(verdicts, skipped, str(folder / "report.html"))
+    progress.overview(verdicts, skipped, str(report))
     return ordered
 
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from normkit.common.files import write
 from normkit.common.user_code import fingerprint
 from normkit.lab.engine import Engine, engine_for
 from normkit.lab.report.page import Section, page
 from normkit.lab.report.progress import Progress
 from normkit.lab.results.events import Events
-from normkit.lab.results.store import Run, Store, write_file
+from normkit.lab.results.store import Run, Store
 from normkit.lab.results.verdict import FEWEST, TOO_FEW, smoothed
 from normkit.lab.study import Evidence, Findings, Study
 from normkit.lab.training.arms import GRID_SEED, Arm
@@ -31,8 +32,8 @@ def run_study(study: Study, given: Config, progress: Progress) -> Findings:
     """
     with closing(engine_for(given.resolved(study.name, study.length))) as engine:
         section = done(study, given, progress, engine)
-    path = Path(str(section.config.out)) / "report.html"
-    write_file(path, page([section]))
+    path = Path(str(section.config.out)) / Store.REPORT
+    write(path, page([section]))
     progress.result(section.findings, str(path))
     return section.findings
 

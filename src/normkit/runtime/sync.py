@@ -8,7 +8,11 @@ Both in float64. Ranks may differ in the number of samples and positions, and ma
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 
 from normkit.backend import aten
 from normkit.runtime import recompute, statistics
+from normkit.runtime.board import NOTHING, board
 from normkit.runtime.statistics import Moments
 
 _NORMS = ("batch", "ghost", "renorm", "backward of a backward")
@@ -87,22 +92,24 @@ class Merge:
 
     Every message starts with the settings of the layer. Ranks that differ all raise the same
     `RankError`, which lists what each has; so they do if one has an error of its own. A message has
-    as many channels as the ranks last agreed on, at first none; a rank that has others says so in a
-    message of that size, and only if all have others do all send again. So a layer's first call,
-    and the first after a change of channels, take one more collective, and no rank ever waits in
-    one that another doesn't know of.
+    as many channels as the ranks last agreed on. Before a layer's first message they agree through
+    the group's store, where each rank notes what it is about to send; a rank that has other
+    channels later says so in a message of the size agreed on, and only if all have others do all
+    send again. So no rank ever waits in a message that another sends in another size.
 
-    Not found this way: a rank that doesn't call the layer, being in evaluation or elsewhere, which
-    ends in the group's timeout; layers with another history, one used before and one made anew, or
-    one whose first call is compiled and one whose isn't; and in compiled code, where nothing is
-    looked at before it is sent, other channels. Messages then differ in size, which gloo ends the
-    process for. Told to the others are errors of checks, `ValueError` and `TypeError`, all raised
-    before a message is due; a rank that runs out of memory, say, is one that doesn't call.
+    A rank that waits for more than a second looks up the others' notes: one that failed in place of
+    this message, by whatever exception of the layer, ends the wait in a `RankError`. One that
+    doesn't call the layer ends it in the group's timeout; the error then says whose layer was last
+    called in evaluation. Compiled code sends other sums than eager code, so all ranks must change
+    between these together; it notes and agrees as all do, but while it waits it looks up nothing.
+    Not found: layers of other channels that pair up wrongly, both used before. Their messages
+    differ in size, which gloo ends the process for.
     """
 
     def __init__(self, process_group: Any = None, layer: Any = "synchronized statistics") -> None:
         self._shared, self.layer = _Shared(process_group), layer
-        self._agreed = 0
+        self._handle = _register(self)
+        self._agreed, self._compiled = 0, False
         self._last: tuple[Any, Tensor] = (None, torch.empty(0))
 
     @property
@@ -112,6 +119,10 @@ class Merge:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_last": (None, torch.empty(0))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._handle = _register(self)
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
         path = tracer.path_of_module(self.layer)
@@ -141,34 +152,90 @@ class Merge:
         return Moments(int(n[0]) if all_whole else n, mean, var)
 
     def total(self, own: Tensor) -> Tensor:
-        """The sum over the ranks, in place."""
+        """The sum over the ranks, in place where it can be."""
+        if torch.compiler.is_compiling():
+            own = _announced(own, self._handle, 0)
         self._collective(dist.all_reduce, own, what="gradients")
         return own
 
-    def fail(self, error: Exception, *tensors: Any) -> None:
+    def begins(self, training: bool) -> int:
+        """A call of the layer begins: how many messages this rank took part in, for `fail`.
+
+        Out of training it sends none, and leaves a note for the ranks that wait.
+        """
+        group = self.process_group
+        together = dist.is_available() and dist.is_initialized()
+        if torch.compiler.is_compiling() or not together or dist.get_world_size(group) < 2:
+            return 0
+        if not training:
+            board(group).aside("called one in evaluation, or frozen", failed=False)
+        return board(group).number
+
+    def fail(self, error: Exception, sent: int, *tensors: Any) -> None:
         """Tell the ranks that wait for this one's moments why it can't send any.
 
-        Returns where all ranks failed; else all raise the same `RankError`. The first of the
-        tensors, the layer's own before the call's, says on which device messages go.
+        Returns where all ranks failed; else all raise the same `RankError`. A call that had sent
+        its moments leaves a note for the ranks that wait for its next. The first of the tensors,
+        the layer's own before the call's, says on which device messages go.
         """
         sends = not (torch.compiler.is_compiling() or recompute.recomputing())
         if isinstance(error, RankError) or not sends or self.ranks() == 1:
             return
-        device = next((t.device for t in tensors if isinstance(t, Tensor)), None)
-        nothing = torch.zeros(_HEADER + 3 * self._agreed, dtype=torch.float64, device=device)
-        heads = self._gather(nothing)[:, :_HEADER]
-        if heads.any():
-            own = f"{type(error).__name__}: {error}"
-            raise self._disagreement(own, self._looked_at(heads)) from error
+        own = f"{type(error).__name__}: {error}"
+        if board(self.process_group).number > sent:
+            board(self.process_group).aside(own, failed=True)
+        elif not self._agreed:
+            self._meet(NOTHING, own)
+        else:
+            device = next((t.device for t in tensors if isinstance(t, Tensor)), None)
+            nothing = torch.zeros(_HEADER + 3 * self._agreed, dtype=torch.float64, device=device)
+            heads = self._gather(nothing)[:, :_HEADER]
+            if heads.any():
+                raise self._disagreement(own, self._looked_at(heads)) from error
+
+    def announce(self, channels: int) -> None:
+        """What compiled code does at runtime before a message: of so many channels, or a sum."""
+        if channels:
+            try:
+                self._agree(channels, None, compiled=True)
+            except RankError as error:
+                raise RankError(f"{self.layer}: {error}") from None
+        own = board(self.process_group)
+        own.post(_statistics(channels, True) if channels else "compiled gradients")
+        own.number += 1
+
+    def _agree(self, channels: int, said: Any, *, compiled: bool) -> None:
+        """See that all ranks send as much, and are compiled or not, where this isn't known yet."""
+        if (
+            not self._agreed
+            or (compiled and channels != self._agreed)
+            or compiled != self._compiled
+        ):
+            self._meet(_statistics(channels, compiled), said)
+            self._agreed, self._compiled = channels, compiled
+
+    def _meet(self, sends: str, said: Any) -> None:
+        """Wait until all ranks have come to this message, and raise unless they send the same."""
+        own = board(self.process_group)
+        with self._named("first call"):
+            notes = own.meet(sends, said)
+        if any(note.sends != sends for note in notes):
+            error = _misfit([note.said for note in notes])
+            own.aside(f"refused to send, since {error}", failed=True)
+            own.number += 1
+            raise error
+        own.number += sends == NOTHING
 
     def _exchange(self, own: Tensor, settings: Settings, whole: bool) -> tuple[Tensor, bool]:
         """(W, 3, C): every rank's moments; and whether they are known to be whole on all."""
         channels = own.shape[1]
         header = self._header(settings, whole, own.device)
         if torch.compiler.is_compiling():
-            everyone = self._gather(torch.cat([header, own.flatten()]))
+            message = _announced(torch.cat([header, own.flatten()]), self._handle, channels)
+            everyone = self._gather(message)
             _check_alike(everyone)
             return everyone[:, _HEADER:].unflatten(1, own.shape), False
+        self._agree(channels, settings.texts(), compiled=False)
         while True:
             fits = channels == self._agreed
             body = own.flatten() if fits else own.new_zeros(3 * self._agreed)
@@ -209,14 +276,33 @@ class Merge:
         if torch.compiler.is_compiling():
             collective(*tensors, group=group)
             return
+        own = board(group)
+        own.post(_statistics(self._agreed, False) if what == "statistics" else what)
         try:
-            collective(*tensors, group=group)
+            with self._named(what):
+                if tensors[0].is_cpu:
+                    own.wait(collective(*tensors, group=group, async_op=True))
+                else:  # the device waits, not this process
+                    collective(*tensors, group=group)
+        finally:
+            own.number += 1
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Give errors of waiting the layer, the ranks, and what the others do instead."""
+        try:
+            yield
+        except LookupError as error:
+            # A forward's layer names itself.
+            who = f"{self.layer}: " if what == "gradients" else ""
+            raise RankError(f"{who}all ranks must fit together, got {error}") from None
         except RuntimeError as error:
-            here, ranks = dist.get_rank(group), self.ranks()
+            here, ranks = dist.get_rank(self.process_group), self.ranks()
             raise RuntimeError(
                 f"{self.layer}: rank {here} of {ranks} waited for the other ranks' {what}, and "
                 "they didn't come: every rank must call this layer equally often, in training, "
-                f"with an empty batch where it has none, and run its backward; {error}"
+                "with an empty batch where it has none, and run its backward"
+                f"{board(self.process_group).doing()}; {error}"
             ) from error
 
     def _looked_at(self, heads: Tensor) -> bool:
@@ -231,16 +317,46 @@ class Merge:
         if not told:
             here = dist.get_rank(self.process_group)
             return RankError(f"all ranks must fit together, rank {here} doesn't: {own}")
-        said = gathered(own, self.process_group or dist.group.WORLD)
-        known = [one for one in said if isinstance(one, dict)]
-        differing = [k for k in known[0] if len({one[k] for one in known}) > 1]
-        shown = differing or ["channels", "dtype"]
-        texts = [
-            ", ".join(f"{k} {one[k]}" for k in shown) if isinstance(one, dict) else one
-            for one in said
-        ]
-        ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
-        return RankError(f"all ranks must fit together, got {ranks}")
+        return _misfit(gathered(own, self.process_group or dist.group.WORLD))
+
+
+def _statistics(channels: int, compiled: bool) -> str:
+    return f"{'compiled ' * compiled}statistics of {channels} channels"
+
+
+_merges: weakref.WeakValueDictionary[int, Merge] = weakref.WeakValueDictionary()
+"""By the numbers that stand for them in compiled graphs."""
+_numbers = itertools.count()
+
+
+def _register(merge: Merge) -> int:
+    number = next(_numbers)
+    _merges[number] = merge
+    return number
+
+
+@torch.library.custom_op("normkit::announced", mutates_args=())
+def _announced(message: Tensor, merge: int, channels: int) -> Tensor:
+    """The message, once the board says that it will be sent."""
+    _merges[merge].announce(channels)
+    return message.clone()
+
+
+@_announced.register_fake
+def _(message: Tensor, merge: int, channels: int) -> Tensor:
+    return torch.empty_like(message)
+
+
+def _misfit(said: list[Any]) -> RankError:
+    """The error that lists what every rank has: settings that differ, or what it says."""
+    known = [one for one in said if isinstance(one, dict)]
+    differing = [k for k in known[0] if len({one[k] for one in known}) > 1] if known else []
+    shown = differing or ["channels", "dtype"]
+    texts = [
+        ", ".join(f"{k} {one[k]}" for k in shown) if isinstance(one, dict) else one for one in said
+    ]
+    ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
+    return RankError(f"all ranks must fit together, got {ranks}")
 
 
 def gathered(value: Any, process_group: Any = None) -> list[Any]:

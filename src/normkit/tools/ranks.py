@@ -92,7 +92,7 @@ class _Announced(Merge):
         self._in_step.at(f"{self.layer}")
         return super().moments(own, settings, whole=whole)
 
-    def fail(self, error: Exception, *tensors: Any) -> None:
+    def fail(self, error: Exception, sent: int, *tensors: Any) -> None:
         """Nothing is sent yet."""
 
 

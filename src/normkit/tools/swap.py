@@ -99,6 +99,8 @@ def swap(
     """
     if copy and optimizer is not None:
         raise ToolError("the optimizer holds the model's parameters, not a copy's; leave one out")
+    if groups < 1:
+        raise ToolError(f"groups must be at least 1, got {groups}")
     kind, function, number = _kind(to, groups)
     if process_group is not None and kind != "sync":
         raise ToolError(f"a process_group belongs to to='sync', and to={to!r}")

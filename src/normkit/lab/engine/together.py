@@ -1,6 +1,5 @@
 """One run at a time, trained by all ranks of torchrun: rank 0 leads, the others follow."""
 
-import sys
 from collections.abc import Generator, Sequence
 
 from normkit.common.errors import LabError
@@ -39,8 +38,8 @@ def dismiss() -> None:
         ranks.part()
 
 
-def follow() -> int:
-    """Train along with rank 0 until it is done, and return the exit status."""
+def follow() -> None:
+    """Train along with rank 0 until it is done; raises LabError, with this rank, where it fails."""
     try:
         ranks.meet()
         while (message := ranks.sent(None)) is not None:
@@ -51,12 +50,7 @@ def follow() -> int:
                     pass
         ranks.part()
     except LabError as error:
-        print(f"normkit: error on rank {ranks.rank()}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        raise LabError(f"rank {ranks.rank()}: {error}") from None
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        print(f"normkit: rank {ranks.rank()} ends, rank 0 is gone: {reason}", file=sys.stderr)
-        return 1
-    return 0
+        raise LabError(f"rank {ranks.rank()} ends, rank 0 is gone: {reason}") from None

@@ -31,6 +31,10 @@ _STEPS = {"mlp": 3000, "cnn": 1000, "resnet": 600}
 # Measured more often than after so many batches, a short run would cost more to measure than to do.
 _FEWEST_STEPS = 6
 
+# Far above any use. Past it OpenMP crashes for want of threads, and seeds meet those set aside.
+_MOST = {"threads": 1024, "jobs": 1024, "seeds": 100_000}
+_MOST_OF_OTHERS = 10**9
+
 # Where and how fast the runs are computed; a folder's results don't depend on these.
 _NOT_IDENTITY = (
     *("data_root", "seeds", "jobs", "out", "arms"),
@@ -84,9 +88,15 @@ class Config:
                 f"trained: torchrun --nproc-per-node {self.ranks} -m normkit study ..."
             )
         for field in ("seeds", "steps", "batch_size", "threads", "jobs", "eval_every"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise LabError(f"{_flag(field)} is {value}; give a whole number of at least 1")
+            value, most = getattr(self, field), _MOST.get(field, _MOST_OF_OTHERS)
+            if value is not None and not 1 <= value <= most:
+                raise LabError(
+                    f"{_flag(field)} is {value}; give a whole number of at least 1 and at most "
+                    f"{most:,}"
+                )
+        for field, value in vars(self).items():
+            if isinstance(value, str):
+                _check_text(_flag(field), value)
         if self.batch_size < 2:
             raise LabError("--batch-size is 1; batch norm needs at least 2 samples to a batch")
         if self.lr is not None and not 0 < self.lr < float("inf"):
@@ -230,11 +240,27 @@ def _slug(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in stem)
 
 
+def _check_text(option: str, value: str) -> None:
+    """Raise unless a report, which is UTF-8 text, can name the value, and a file system take it."""
+    if not value:
+        raise LabError(f"{option} is empty; give a value, or leave the option out")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise LabError(
+            f"{option} {value!r} isn't UTF-8, so that no report could name it; rename the file, or "
+            "give another name"
+        ) from None
+    if "\0" in value:
+        raise LabError(f"{option} {value!r} holds a zero character; give a name without it")
+
+
 def _check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        # Computed and brought back, which a device without data ("meta") can't.
+        torch.ones(2, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise LabError(f"--device {device!r} can't be used here ({reason}); try cpu") from None

@@ -266,6 +266,7 @@ _NPZ_HELP = (
     "an .npz holds either x and y, or x_train, y_train, x_test, y_test "
     "and, if it likes, x_validation, y_validation"
 )
+_NPZ_KEYS = {f"{name}{part}" for name in "xy" for part in ("", "_train", "_validation", "_test")}
 
 
 def _npz(path: Path) -> tuple[dict[str, Part], str]:
@@ -275,7 +276,10 @@ def _npz(path: Path) -> tuple[dict[str, Part], str]:
             archive = np.load(file, allow_pickle=False)
             if not hasattr(archive, "files"):
                 raise LabError(f"{path} is a single array, not an .npz; {_NPZ_HELP}")
-            arrays = {key: _array(path, archive, key) for key in archive.files}
+            # Others stay unread: they may be class names, or anything else.
+            known = [key for key in archive.files if key in _NPZ_KEYS]
+            arrays = {key: _array(path, archive, key) for key in known}
+            found = ", ".join(sorted(archive.files)) or "nothing"
     except FileNotFoundError:
         raise LabError(f"data file {path}: no such file") from None
     except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:
@@ -286,7 +290,7 @@ def _npz(path: Path) -> tuple[dict[str, Part], str]:
         _same_count(path, arrays["x"], arrays["y"])
         return _split(arrays["x"], arrays["y"])
     if not {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
-        raise LabError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; {_NPZ_HELP}")
+        raise LabError(f"{path} holds {found}; {_NPZ_HELP}")
     x, y = arrays["x_train"], arrays["y_train"]
     _same_count(path, x, y)
     test = (arrays["x_test"], arrays["y_test"])
