@@ -52,17 +52,13 @@ def by_class(x, y, size=24):
     """Batches of one class each, the classes in turn."""
     groups = [x[y == c].split(size) for c in range(10)]
     return [
-        (part[i], torch.full((len(part[i]),), c))
-        for i in range(4)
-        for c, part in enumerate(groups)
+        (part[i], torch.full((len(part[i]),), c)) for i in range(4) for c, part in enumerate(groups)
     ]
 
 
 def two_domains(x, y, size=64):
     """Batches that are in turn as they are, and inverted at half the contrast."""
-    return [
-        (x, y) if i % 2 else (1.5 - x / 2, y) for i, (x, y) in enumerate(shuffled(x, y, size))
-    ]
+    return [(x, y) if i % 2 else (1.5 - x / 2, y) for i, (x, y) in enumerate(shuffled(x, y, size))]
 
 
 def loss(output, batch):

@@ -176,13 +176,24 @@ def small_weight(name):
     return spoiled(name, lambda m: norms(m)[1].weight.fill_(1e-4))
 
 
-@fault("backbone frozen by requires_grad alone", "moving-while-frozen")
-def half_frozen(name):
+def head_only(name):
+    """A trained network, and other data for which only its last layer is to be trained."""
     model = trained(name)
     for part in model[:-1]:
         part.requires_grad_(False)
     x, y = digits()[0]
-    return Case(model, shuffled(x * 0.5 + 0.4, y))
+    return model, shuffled(x * 0.5 + 0.4, y)
+
+
+@fault("backbone frozen by requires_grad alone, before training", "moving-while-frozen")
+def half_frozen(name):
+    return Case(*head_only(name))
+
+
+@fault("backbone frozen by requires_grad alone, after training", "moving-while-frozen")
+def half_frozen_trained(name):
+    model, loader = head_only(name)
+    return Case(fit(model, loader, 2))
 
 
 @fault("track_running_stats=False", "no-running-statistics")
@@ -262,23 +273,29 @@ def saturating(name):
     return Case(fit(model, shuffled(*digits()[0]), 2))
 
 
+def enlarged(name, largest, dtype=torch.float32):
+    """A network whose first norm gets inputs up to a number, and bears them."""
+    model, inputs = trained(name).to(dtype), digits()[0][0].to(dtype)
+    norm = norms(model)[0].float()
+    before = model[: list(model).index(norm)]
+    with torch.no_grad():
+        factor = largest / float(before(inputs).abs().max())
+        before[-1].weight.mul_(factor)
+        norm.running_mean.mul_(factor)
+        norm.running_var.mul_(factor**2)
+    for each in norms(model):
+        each.float()
+    return Case(model, [(x.to(dtype), y) for x, y in shuffled(*digits()[0])])
+
+
 @fault("half precision near overflow", "near-overflow")
 def half(name):
-    model = trained(name).half()
-    norm = norms(model)[0]
-    with torch.no_grad():
-        before = model[: list(model).index(norm)]
-        largest = float(before(digits()[0][0].half()).abs().max())
-        before[-1].weight.mul_(2e4 / largest)
-    batches = [(x.half(), y) for x, y in shuffled(*digits()[0])]
-    normkit.swap(model)
-    normkit.recalibrate(model, batches)
-    return Case(model, batches)
+    return enlarged(name, 3e4, torch.float16)
 
 
-@fault("float32 whose squares overflow", "near-overflow")
+@fault("float32 whose squares nearly overflow", "near-overflow")
 def hot(name):
-    return spoiled(name, lambda m: m[list(m).index(norms(m)[0]) - 1].weight.mul_(1e19))
+    return enlarged(name, 8e18)
 
 
 @fault("weight decay on the norms", "weight-decay")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -66,7 +66,8 @@ class Inspection(Report):
         norms = f"{self.facts['norms']} norms, {self.facts['batches']} batches"
         count = len(self.rows)
         said = "no findings" if not count else f"{count} finding{'s' * (count > 1)}"
-        lines.append(f"{said} ({norms})" if self.layers else "no norms here; nothing to inspect")
+        seen = self.layers or self.rows
+        lines.append(f"{said} ({norms})" if seen else "no norms here; nothing to inspect")
         return "\n".join(lines)
 
     def to_html(self) -> str:
@@ -183,28 +184,31 @@ def _causes(facts: Facts, rules: Sequence[Rule]) -> list[Finding]:
             if rule.code in left
             for found in rule.check(facts, rule.threshold)
         ]
-    return [rule.finding(found, unit) for rule, found in causes + hits]
+    hits = causes + hits
+    explained = any(found.cost and not rule.symptom for rule, found in hits)
+    return [rule.finding(found, unit) for rule, found in hits if not (rule.symptom and explained)]
 
 
 def _lonely(trials: Trials, loader: Iterable[Any]) -> Lonely | None:
     """A batch of one by which a layer can't normalize; such batches are taken out of the trials."""
     ones = [i for i, batch in enumerate(trials.batches) if sample_count(batch) == 1]
-    total, from_dataset, number = len(trials.batches), False, None
-    example = trials.batches[ones[0]] if ones else None
-    if isinstance(loader, DataLoader) and loader.batch_size and not loader.drop_last:
-        from_dataset, total = True, len(loader)
-        if example is None and len(loader.sampler) % loader.batch_size == 1:
-            pool = Pool.of(trials.batches[:1])
-            example, number = pool and pool.of_size(1, 1)[0], total
+    from_dataset, last = isinstance(loader, DataLoader), None
+    total = len(trials.batches)
+    if isinstance(loader, DataLoader):
+        size, sampler = loader.batch_size, loader.sampler
+        if size and not loader.drop_last and isinstance(sampler, Sized):
+            total = -(-len(sampler) // size)
+            pool = Pool.of(trials.batches[:1]) if len(sampler) % size == 1 else None
+            last = pool and pool.of_size(1, 1)[0]
     elif isinstance(loader, Sequence):
         total = len(loader)
-        if example is None and sample_count(loader[-1]) == 1:
-            example, number = loader[-1], total
+        last = loader[-1] if sample_count(loader[-1]) == 1 else None
+    example = trials.batches[ones[0]] if ones else last
     layer = None if example is None else lonely_layer(trials, example)
     if layer is None:
         return None
-    trials.batches = [b for i, b in enumerate(trials.batches) if i not in ones]
-    return Lonely(layer, number or ones[0] + 1, total, from_dataset)
+    trials.batches = [batch for i, batch in enumerate(trials.batches) if i not in ones]
+    return Lonely(layer, ones[0] + 1 if ones else total, total, from_dataset)
 
 
 def _mend(model: nn.Module, findings: list[Finding], loader: Iterable[Any], run: Forward) -> bool:

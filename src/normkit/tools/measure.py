@@ -20,6 +20,9 @@ from normkit.tools.trials import DropoutOn, Pool, Score, See, Trials, distance
 _SAMPLES = 4000
 """Values of a layer's input and output that are kept for the page's histograms."""
 
+NOTICEABLE = 0.2
+"""A standard error of a batch's mean, in standard deviations, under which batches are alike."""
+
 
 @dataclass
 class Layer:
@@ -133,8 +136,16 @@ class Facts:
     optimizer: torch.optim.Optimizer | None
     ranks: int
 
+    @property
+    def doubt(self) -> float:
+        """By how much thresholds rise without a loss, which alone tells whether a change is better.
+
+        A trained model on data that aren't its own has other statistics too, and needs no mending.
+        """
+        return 4.0 if self.trials.loss is None else 1.0
+
     def gain(self, undo: Callable[[], None]) -> float:
-        """What evaluation loses by a suspect: its score as it is against that without the suspect."""
+        """What evaluation loses by a suspect: its score against that without the suspect."""
         return self.evaluated.cost(self.trials.without(undo))
 
 
@@ -156,6 +167,12 @@ def measure(
     gradients: bool = False,
 ) -> Facts:
     """Run the batches in training and in evaluation; call it where all is put back after."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if not trials.batches:
+        nothing = Score(None, [])
+        return Facts(
+            trials, [], 0.0, 0.0, nothing, nothing, None, None, [], lonely, optimizer, ranks
+        )
     every = layers_of(trials)
     with trials.training(), torch.no_grad():
         layers = _trace(trials, every)
@@ -163,9 +180,10 @@ def measure(
         see=lambda name, *seen: _see_training(every[name], *seen),
         gradients=_gradients(trials, layers) if gradients else None,
     )
-    in_step = any(is_synchronized(layer.module) for layer in layers)
-    pool = None if in_step or len(trials.batches) < 2 else Pool.of(trials.batches)
-    mixed = pool and pool.unmixed(trials.train(pool.mixed(), _into(every, "mixed")))
+    pool = Pool.of(trials.batches) if _differ(layers) else None
+    mixed = (
+        None if pool is None else pool.unmixed(trials.train(pool.mixed(), _into(every, "mixed")))
+    )
     if any(layer.dropouts for layer in layers):
         with DropoutOn():
             trials.train(see=_into(every, "dropped"))
@@ -196,7 +214,14 @@ def measure(
         in_training,
         lonely,
         optimizer,
-        dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        ranks,
+    )
+
+
+def _differ(layers: list[Layer]) -> bool:
+    """Whether batches have noticeably different means, and no other rank is waited for."""
+    return not any(is_synchronized(layer.module) for layer in layers) and any(
+        layer.pools_samples and layer.input.errors(layer.eps)[0] > NOTICEABLE for layer in layers
     )
 
 

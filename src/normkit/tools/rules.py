@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from normkit.tools.findings import Finding
 from normkit.tools.flow import LINEAR, Op
-from normkit.tools.measure import Facts, Layer, input_spread
+from normkit.tools.measure import NOTICEABLE, Facts, Layer, input_spread
 from normkit.tools.norms import is_synchronized
 from normkit.tools.spread import Spread
 from normkit.tools.trials import Pool, distance, finite, input_of, with_input
+
+_FAR = 0.25
+"""A distance of statistics, in standard deviations or in logarithms, that counts."""
 
 _MATTERS = 0.1
 """A change of the outputs, in standard deviations, under which a suspect is harmless."""
@@ -126,7 +129,7 @@ RECALIBRATE = "normkit.recalibrate(model, loader)"
 )
 def redundant_bias(facts: Facts, threshold: float) -> Iterator[Found]:
     """A layer's bias that the norm behind it subtracts again."""
-    hits: dict[str, tuple[Layer, nn.Module]] = {}
+    hits: dict[str, tuple[Layer, Any]] = {}
     for layer in facts.layers:
         linear: Any = layer.before.module if layer.before else None
         removes = layer.norm is not None and layer.norm.kind in _SUBTRACT_CHANNEL_MEANS
@@ -137,7 +140,7 @@ def redundant_bias(facts: Facts, threshold: float) -> Iterator[Found]:
             assert layer.before is not None
             hits[layer.before.name] = layer, linear
     if hits:
-        count = sum(len(linear.bias) for _, linear in hits.values())  # type: ignore[arg-type]
+        count = sum(len(linear.bias) for _, linear in hits.values())
         after = _listed([layer.name for layer, _ in hits.values()])
         yield Found(
             {name: type(linear).__name__ for name, (_, linear) in hits.items()},
@@ -150,7 +153,8 @@ def redundant_bias(facts: Facts, threshold: float) -> Iterator[Found]:
 @rule(
     "NK02",
     0.25,
-    of="distance of the outputs over their standard deviation, and twice the noise",
+    of="distance of the outputs over their standard deviation, and twice the noise; four times it "
+    "without a loss",
     why="evaluation computes another function than the one that was trained",
     fix=RECALIBRATE,
     symptom=True,
@@ -158,7 +162,7 @@ def redundant_bias(facts: Facts, threshold: float) -> Iterator[Found]:
 )
 def train_eval_gap(facts: Facts, threshold: float) -> Iterator[Found]:
     """Outputs that differ between training and evaluation by more than noise."""
-    if not math.isfinite(facts.gap) or facts.gap <= max(threshold, 2 * facts.floor):
+    if not math.isfinite(facts.gap) or facts.gap <= max(threshold * facts.doubt, 2 * facts.floor):
         return
     keeping = [layer for layer in facts.layers if layer.uses_batch]
     if keeping and (cost := _worth(facts, undo := _takers(keeping))) is not None:
@@ -175,8 +179,8 @@ def train_eval_gap(facts: Facts, threshold: float) -> Iterator[Found]:
     "NK03",
     0,
     of="distance of the running statistics from 0 and 1",
-    why="evaluation doesn't normalize: training never updated the statistics, or they were reset, or "
-    "a checkpoint was loaded without them",
+    why="evaluation doesn't normalize: training never updated the statistics, or they were reset, "
+    "or a checkpoint was loaded without them",
     fix=RECALIBRATE,
     safe=True,
 )
@@ -196,9 +200,9 @@ def never_updated(facts: Facts, threshold: float) -> Iterator[Found]:
 @rule(
     "NK04",
     0.25,
-    of="distance of the running statistics from the data",
-    why="evaluation normalizes by statistics of other data or of older weights: the averages lag, or "
-    "were overwritten",
+    of="distance of the running statistics from the data, with a loss; four times it without",
+    why="evaluation normalizes by statistics of other data or of older weights: the averages lag, "
+    "or were overwritten",
     fix=RECALIBRATE,
     safe=True,
 )
@@ -209,8 +213,9 @@ def stale(facts: Facts, threshold: float) -> Iterator[Found]:
         for layer in facts.layers
         if layer.uses_batch
         and not _initial(layer)
-        and _off(layer, layer.input) > threshold
+        and _off(layer, layer.input) > threshold * facts.doubt
         and not _by_dropout(layer)
+        and not _half_frozen(facts, layer)
     ]
     if not hits or _rescaled(facts) is not None:
         return
@@ -261,8 +266,8 @@ def short_memory(facts: Facts, threshold: float) -> Iterator[Found]:
     "NK06",
     0.4,
     of="standard error of a batch's mean in standard deviations",
-    why="each sample's output depends on which others are in its batch; larger batches are the other "
-    "remedy",
+    why="each sample's output depends on which others are in its batch; larger batches are the "
+    "other remedy",
     fix="normkit.swap(model, 'renorm', only={only})",
 )
 def few_values(facts: Facts, threshold: float) -> Iterator[Found]:
@@ -389,8 +394,8 @@ def behind_saturating(facts: Facts, threshold: float) -> Iterator[Found]:
     "NK10",
     0,
     of="weight decay",
-    why="weight and bias of a norm set the scale of what comes out; weight decay pulls it towards 0 "
-    "without making the network simpler",
+    why="weight and bias of a norm set the scale of what comes out; weight decay pulls it towards "
+    "0 without making the network simpler",
     fix="norms = {{p for n in {norms} for p in model.get_submodule(n).parameters(recurse=False)}}\n"
     "for group in list(optimizer.param_groups):\n"
     "    own = [p for p in group['params'] if p in norms]\n"
@@ -441,7 +446,7 @@ def near_overflow(facts: Facts, threshold: float) -> Iterator[Found]:
         if layer.largest > threshold * limit:
             hits.setdefault(half, []).append((layer.largest / limit, limit, layer))
     for half, found in hits.items():
-        _, limit, worst = max(found, key=lambda hit: hit[0])
+        reached, limit, worst = max(found, key=lambda hit: hit[0])
         layers = [layer for _, _, layer in found]
         yield Found(
             _at(layers),
@@ -452,8 +457,8 @@ def near_overflow(facts: Facts, threshold: float) -> Iterator[Found]:
                 if half
                 else f"normkit.swap(model, only={_only(layers)})"
             },
-            # Nothing is known of what it would be without; a run that gave no number is lost.
-            cost=None if all(map(finite, facts.evaluated.outputs)) else math.inf,
+            # Beyond the limit no run as in training gives a number.
+            cost=math.inf if reached > 1 else None,
         )
 
 
@@ -501,30 +506,34 @@ def local_statistics(facts: Facts, threshold: float) -> Iterator[Found]:
         worst = min(hits, key=lambda layer: layer.samples)
         yield Found(
             _at(hits),
-            f"{worst.samples} samples a batch on each of {facts.ranks} ranks, normalized apart",
+            f"{worst.samples} samples a batch on each of {facts.ranks} ranks, normalized apart"
+            f"{_worst(worst, hits, 'fewest')}",
         )
 
 
 @rule(
     "NK14",
-    1,
-    of="values in a pool",
-    why="one value minus its mean is 0",
+    2,
+    of="values in a pool; one in that of an RMS norm",
+    why="one value less its mean is 0, two become -1 and 1: of the input only signs are left",
     fix="normkit.swap(model, lambda channels: normkit.GroupNorm(1, channels), only={only})",
 )
 def single_values(facts: Facts, threshold: float) -> Iterator[Found]:
-    """Pools of one value: the norm's output is its bias."""
+    """Pools of so few values that the norm's output hardly depends on its input."""
     hits = [
         layer
         for layer in facts.layers
         if layer.norm is not None
-        and layer.norm.kind in ("group", "layer", "instance")
-        and layer.values <= threshold
+        and layer.norm.kind in ("group", "layer", "instance", "rms")
+        and layer.values <= threshold - (layer.norm.kind == "rms")
     ]
     if hits:
-        kinds = _listed(sorted({layer.norm.kind for layer in hits if layer.norm}))
+        fewest = min(hits, key=lambda layer: layer.values)
+        assert fewest.norm is not None
         yield Found(
-            _at(hits), f"one value in each {kinds}: the output is the bias, whatever comes in"
+            _at(hits),
+            f"{_of(fewest.values, 'value', 'values')} in each pool of a {fewest.norm.kind} norm"
+            f"{_worst(fewest, hits, 'fewest')}",
         )
 
 
@@ -560,7 +569,7 @@ def validation_shift(facts: Facts, threshold: float) -> Iterator[Found]:
         cost = facts.validated.cost(undone)
         if cost > 0:
             cure = f"x = x * {scale:.4g} + {shift:.4g}  # where the validation data are prepared"
-            measured += f"; as a whole they are the training data's scale after x * {scale:.4g} + {shift:.4g}"
+            measured += f"; x * {scale:.4g} + {shift:.4g} gives them the training data's scale"
     yield Found(_at(hits), measured, {"cure": cure}, cost)
 
 
@@ -568,8 +577,8 @@ def validation_shift(facts: Facts, threshold: float) -> Iterator[Found]:
     "NK16",
     0,
     of="values that are NaN or infinite",
-    why="one such value makes everything behind it NaN; it came from one bad batch, an overflow or a "
-    "step that was too large",
+    why="one such value makes everything behind it NaN; it came from one bad batch, an overflow or "
+    "a step that was too large",
     fix="{cure}",
     safe=True,
 )
@@ -701,8 +710,8 @@ def vanished_weight(facts: Facts, threshold: float) -> Iterator[Found]:
     hits = [
         layer
         for layer in facts.layers
-        if isinstance(weight := layer.module._parameters.get("weight"), Tensor)
-        and float(weight.detach().abs().max()) <= threshold
+        if layer.module._parameters.get("weight") is not None
+        and _largest_weight(layer) <= threshold
     ]
     if not hits:
         return
@@ -719,7 +728,7 @@ def vanished_weight(facts: Facts, threshold: float) -> Iterator[Found]:
             for layer in felt:
                 ones(layer)
 
-        largest = max(float(layer.module.weight.detach().abs().max()) for layer in felt)
+        largest = max(_largest_weight(layer) for layer in felt)
         yield Found(
             _at(felt),
             f"|weight| is at most {largest:.2g} in every channel",
@@ -734,27 +743,23 @@ def vanished_weight(facts: Facts, threshold: float) -> Iterator[Found]:
     of="parameters of the norm that are trained",
     why="requires_grad_(False) stops the weights; the running statistics go on moving with every "
     "batch in training, away from those that the weights were trained with",
-    fix="normkit.swap(model, 'frozen', only={only})",
+    fix="{first}normkit.swap(model, 'frozen', only={only})",
 )
 def moving_while_frozen(facts: Facts, threshold: float) -> Iterator[Found]:
     """Norms without gradients, in a model that is trained, whose statistics still move."""
-    trained = any(p.requires_grad for p in facts.trials.model.parameters())
-    hits = [
-        layer
-        for layer in facts.layers
-        if layer.uses_batch
-        and (own := list(layer.module.parameters(recurse=False)))
-        and sum(p.requires_grad for p in own) <= threshold
-    ]
-    if hits and trained:
+    hits = [layer for layer in facts.layers if _half_frozen(facts, layer, threshold)]
+    if hits:
+        undo = _takers(hits)
         after = facts.trials.moved()
-        change = distance(after.outputs, facts.evaluated.outputs)
+        already = _worth(facts, undo) if any(_off(x, x.input) > _FAR for x in hits) else None
         yield Found(
             _at(hits),
             f"weight and bias need no gradient, but the statistics move: after "
             f"{len(facts.trials.batches)} batches of training the outputs have changed by "
-            f"{change:.2g} of their standard deviation",
-            cost=max(0.0, after.cost(facts.evaluated)),
+            f"{distance(after.outputs, facts.evaluated.outputs):.2g} of their standard deviation",
+            {"first": "" if already is None else RECALIBRATE + "\n"},
+            cost=max(0.0, already or 0.0, after.cost(facts.evaluated)),
+            undo=None if already is None else undo,
         )
 
 
@@ -812,7 +817,7 @@ def single_sample(facts: Facts, threshold: float) -> Iterator[Found]:
     0.1,
     of="distance of the running statistics from the data without dropout",
     why="dropout raises the variance in training; in evaluation it is off, and the statistics that "
-    "were learned with it are too large (Li et al. 2018); dropout behind the norm has no such effect",
+    "were learned with it are too large (Li et al. 2018); behind the last norm it does no harm",
     fix=RECALIBRATE,
     safe=True,
 )
@@ -880,8 +885,8 @@ def input_scale(facts: Facts, threshold: float) -> Iterator[Found]:
     if (cost := _worth(facts, prepare)) is not None:
         yield Found(
             _at([layer]),
-            f"running statistics are {_off(layer, layer.input):.2g} from those of the data, and fit "
-            f"after x * {scale:.4g} + {shift:.4g}",
+            f"running statistics are {_off(layer, layer.input):.2g} from those of the data, and "
+            f"fit after x * {scale:.4g} + {shift:.4g}",
             {"scale": scale, "shift": shift},
             cost=cost,
             undo=prepare,
@@ -891,9 +896,6 @@ def input_scale(facts: Facts, threshold: float) -> Iterator[Found]:
 RULES.sort(key=lambda rule: rule.code)
 
 _SUBTRACT_CHANNEL_MEANS = ("batch", "sync", "ghost", "renorm", "instance")
-_NOTICEABLE = 0.2
-"""A standard error of a batch's mean, in standard deviations, under which batches are alike."""
-
 _EDGES = {"sigmoid": 5.98, "tanh": 2.99}
 """|x| beyond which the slope is under 1 % of the largest."""
 
@@ -927,6 +929,11 @@ def _worth(facts: Facts, undo: Callable[[], None]) -> float | None:
     return cost if changed > _MATTERS and cost > 0 else None
 
 
+def _largest_weight(layer: Layer) -> float:
+    weight: Any = layer.module.weight
+    return float(weight.detach().abs().max())
+
+
 def _share(facts: Facts, cost: float) -> float:
     """A cost over the loss, or as it is where there is no loss."""
     loss = facts.evaluated.loss
@@ -952,7 +959,7 @@ def _initial(layer: Layer, threshold: float = 0) -> bool:
 
 
 def _off(layer: Layer, data: Spread) -> float:
-    """How far the running statistics are from the data, beyond noise; 0 where they aren't numbers."""
+    """How far the running statistics are from the data, beyond noise; 0 if they are NaN."""
     if layer.running is None or data.all is None:
         return 0.0
     shift, log = data.distance(*layer.running, layer.eps)
@@ -991,13 +998,20 @@ def _unmixed(layer: Layer, threshold: float = 2.5) -> bool:
     if not layer.pools_samples or layer.mixed.all is None:
         return False
     error, mixed = layer.input.errors(layer.eps)[0], layer.mixed.errors(layer.eps)[0]
-    return error > max(_NOTICEABLE, threshold * mixed)
+    return error > max(NOTICEABLE, threshold * mixed)
 
 
 def _by_chance(layer: Layer) -> float:
     """The standard error of a batch's mean that stays when samples are mixed."""
     own = layer.input.errors(layer.eps)[0]
     return own if layer.mixed.all is None else min(own, layer.mixed.errors(layer.eps)[0])
+
+
+def _half_frozen(facts: Facts, layer: Layer, threshold: float = 0) -> bool:
+    """Whether its statistics move though its parameters aren't trained, and others' are."""
+    own = [p.requires_grad for p in layer.module.parameters(recurse=False)]
+    others = any(p.requires_grad for p in facts.trials.model.parameters())
+    return layer.uses_batch and bool(own) and sum(own) <= threshold and others
 
 
 def _by_dropout(layer: Layer) -> bool:
@@ -1034,7 +1048,7 @@ def _preparation(wanted: list[Any], given: list[Any]) -> tuple[float, float] | N
     return scale, mean - other * scale
 
 
-def _rescaled(facts: Facts, threshold: float = 0.25) -> tuple[float, float] | None:
+def _rescaled(facts: Facts, threshold: float = _FAR) -> tuple[float, float] | None:
     """(scale, shift) of the inputs after which the first norm's running statistics fit.
 
     Between the input and the first norm there is usually a linear layer, whose channel means are
@@ -1049,7 +1063,8 @@ def _rescaled(facts: Facts, threshold: float = 0.25) -> tuple[float, float] | No
         or layer.running is None
         or _initial(layer)
         or _unmixed(layer)
-        or _off(layer, layer.input) <= threshold
+        or _half_frozen(facts, layer)
+        or _off(layer, layer.input) <= threshold * facts.doubt
         or any(x is None for x in inputs)
     ):
         return None
@@ -1130,12 +1145,12 @@ def _deviation(values: list[float]) -> float:
     return float(torch.tensor(values).std())
 
 
-def _worst(layer: Layer, layers: list[Layer]) -> str:
-    return f" at {layer.name!r}, the most of {len(layers)}" if len(layers) > 1 else ""
+def _worst(layer: Layer, layers: list[Layer], which: str = "most") -> str:
+    return f" at {layer.name!r}, the {which} of {len(layers)}" if len(layers) > 1 else ""
 
 
 def _of(count: int, one: str, many: str) -> str:
-    return f"a {one}" if count == 1 else f"{count} {many}"
+    return f"one {one}" if count == 1 else f"{count} {many}"
 
 
 def _listed(words: list[str], most: int = 8) -> str:

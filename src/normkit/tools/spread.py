@@ -42,7 +42,7 @@ class Spread:
         return int(self.means.count[0]) if self.means else 0
 
     def errors(self, eps: float = 0.0) -> tuple[float, float]:
-        """Standard errors of one batch's mean and variance, by the deviation that a norm divides by.
+        """Standard errors of one batch's mean and variance, by what a norm divides by.
 
         Root mean squares over the channels, of mean / sqrt(variance + eps) and of variance /
         (variance + eps).

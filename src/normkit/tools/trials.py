@@ -152,7 +152,11 @@ class Trials:
 
     @contextmanager
     def _watching(self, see: See | None) -> Iterator[None]:
-        def hook(name: str, see: See) -> Callable[..., None]:
+        if see is None:
+            yield
+            return
+
+        def hook(name: str) -> Callable[..., None]:
             def after(
                 _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
             ) -> None:
@@ -164,8 +168,8 @@ class Trials:
             return after
 
         handles = [
-            module.register_forward_hook(hook(name, see), with_kwargs=True)
-            for name, module in (self.norms.items() if see else ())
+            module.register_forward_hook(hook(name), with_kwargs=True)
+            for name, module in self.norms.items()
         ]
         try:
             yield
