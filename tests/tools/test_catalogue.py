@@ -1,19 +1,19 @@
-"""The doctor's catalogue: every fault named first in both networks, and mended by its own advice."""
+"""The doctor's catalogue: each fault is named first in both networks, and its advice mends it."""
 
 import copy
 
 import pytest
 import torch
-from digits import NETWORKS, digits, fit, loss, network, shuffled, trained
-from planted import CATALOGUE, Case, SwitchesToTraining
+from digits import NETWORKS, fit, loss
+from planted import CATALOGUE
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import normkit
-from normkit.tools.rules import RULES
 
 EVERY = [(fault, name) for fault in CATALOGUE for name in NETWORKS]
 IDS = [f"{fault.name} in the {name}" for fault, name in EVERY]
+
+CHANGES_INPUTS = ("x = ", "isfinite", "and the batches too")
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +68,10 @@ def test_each_fault_is_named_first_and_its_advice_mends_it(fault, name):
     case = fault.plant(name)
     first, *_ = case.inspect().rows
     assert first.name == fault.rule
-    before = evaluated(case.model, list(case.loader))
+    batches = list(case.loader)
+    before = evaluated(case.model, batches)
     case = mended(case, first)
     assert fault.rule not in {f.name for f in case.inspect().rows}
-    after = evaluated(case.model, list(case.loader))
-    assert after <= before + 1e-3
+    if any(words in first.fix for words in CHANGES_INPUTS):
+        batches = list(case.loader)
+    assert evaluated(case.model, batches) <= before + 1e-3

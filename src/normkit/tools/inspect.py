@@ -72,7 +72,7 @@ class Inspection(Report):
 
     def to_html(self) -> str:
         """A page that opens offline: the findings, and each layer's data."""
-        return page(self.model, self.rows, self.layers, self.facts["batches"])
+        return page(self.model, self.rows, self.notes, self.layers, self.facts["batches"])
 
 
 def inspect(

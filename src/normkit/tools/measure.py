@@ -34,7 +34,8 @@ class Layer:
         values: how many values one statistic is made of, in one batch on one rank.
         samples: the size of a batch there.
         input: of its input's channels, in training.
-        mixed, dropped: the same with the samples of all batches mixed, and with dropout on.
+        sampled: of the means of single samples, with the samples of all batches mixed.
+        dropped: of its input's channels, in training with dropout on.
         evaluated, validated: the same in evaluation, on training and on validation data.
         largest: the largest |x|.
         highest: the highest output of each channel.
@@ -55,7 +56,7 @@ class Layer:
     samples: int = 0
     dtype: torch.dtype = torch.float32
     input: Spread = field(default_factory=Spread)
-    mixed: Spread = field(default_factory=Spread)
+    sampled: Spread = field(default_factory=Spread)
     dropped: Spread = field(default_factory=Spread)
     evaluated: Spread = field(default_factory=Spread)
     validated: Spread = field(default_factory=Spread)
@@ -96,6 +97,15 @@ class Layer:
     def eps(self) -> float:
         """What the layer adds to a variance."""
         return 0.0 if self.norm is None else self.norm.eps or 0.0
+
+    @property
+    def by_chance(self) -> float | None:
+        """The standard error of a batch's mean that random batches would have; None if unknown."""
+        if self.sampled.all is None or self.input.all is None:
+            return None
+        share = self.sampled.all.variance / (self.input.all.variance + self.eps)
+        count = self.samples if self.norm is None else self.norm.ghost_size or self.samples
+        return float((share.nan_to_num(0).mean() / count).sqrt())
 
     def take(self, spread: Spread) -> None:
         """Put these statistics in the place of the running ones."""
@@ -180,10 +190,13 @@ def measure(
         see=lambda name, *seen: _see_training(every[name], *seen),
         gradients=_gradients(trials, layers) if gradients else None,
     )
+
+    def see_samples(name: str, x: Tensor, _: Any, __: bool) -> None:
+        x = _channels_first(every[name], x)
+        every[name].sampled.see(x.double().reshape(*x.shape[:2], -1).mean(2))
+
     pool = Pool.of(trials.batches) if _differ(layers) else None
-    mixed = (
-        None if pool is None else pool.unmixed(trials.train(pool.mixed(), _into(every, "mixed")))
-    )
+    mixed = None if pool is None else pool.unmixed(trials.train(pool.mixed(), see_samples))
     if any(layer.dropouts for layer in layers):
         with DropoutOn():
             trials.train(see=_into(every, "dropped"))

@@ -516,7 +516,8 @@ def local_statistics(facts: Facts, threshold: float) -> Iterator[Found]:
     2,
     of="values in a pool; one in that of an RMS norm",
     why="one value less its mean is 0, two become -1 and 1: of the input only signs are left",
-    fix="normkit.swap(model, lambda channels: normkit.GroupNorm(1, channels), only={only})",
+    fix="normkit.swap(model, lambda channels: normkit.GroupNorm(1, channels), only={only})\n"
+    "# then train on",
 )
 def single_values(facts: Facts, threshold: float) -> Iterator[Found]:
     """Pools of so few values that the norm's output hardly depends on its input."""
@@ -673,7 +674,7 @@ def frozen_statistics(facts: Facts, threshold: float) -> Iterator[Found]:
 @rule(
     "NK18",
     2.5,
-    of="standard error of a batch's mean over that with the same samples mixed",
+    of="standard error of a batch's mean over that of random batches of the same samples",
     why="in training each batch is normalized by its own source or class, which tells the layers "
     "which one it is; evaluation has one set of statistics for all",
     fix="loader = torch.utils.data.DataLoader(loader.dataset, loader.batch_size, shuffle=True)\n"
@@ -684,7 +685,7 @@ def unmixed_batches(facts: Facts, threshold: float) -> Iterator[Found]:
     hits = [layer for layer in facts.layers if _unmixed(layer, threshold)]
     if hits and facts.mixed is not None:
         worst = max(hits, key=lambda layer: layer.input.errors(layer.eps)[0])
-        error, mixed = worst.input.errors(worst.eps)[0], worst.mixed.errors(worst.eps)[0]
+        error = worst.input.errors(worst.eps)[0]
         cost = abs(facts.mixed.cost(facts.trained))
         if facts.mixed.cost(facts.trained) > 0:
             # The model relies on who is in the batch, and evaluation can't give it that.
@@ -692,8 +693,8 @@ def unmixed_batches(facts: Facts, threshold: float) -> Iterator[Found]:
         if cost > 0:
             yield Found(
                 _at(hits),
-                f"the means of these batches vary by {error:.2g} standard deviations, by "
-                f"{mixed:.2g} when their samples are mixed{_worst(worst, hits)}",
+                f"the means of these batches vary by {error:.2g} standard deviations, those of "
+                f"random batches by {worst.by_chance:.2g}{_worst(worst, hits)}",
                 cost=cost,
             )
 
@@ -896,6 +897,9 @@ def input_scale(facts: Facts, threshold: float) -> Iterator[Found]:
 RULES.sort(key=lambda rule: rule.code)
 
 _SUBTRACT_CHANNEL_MEANS = ("batch", "sync", "ghost", "renorm", "instance")
+_FEWEST_BATCHES = 4
+"""Fewer may differ by chance."""
+
 _EDGES = {"sigmoid": 5.98, "tanh": 2.99}
 """|x| beyond which the slope is under 1 % of the largest."""
 
@@ -994,17 +998,17 @@ def _less_noise(shift: float, log: float, errors: list[tuple[float, float]]) -> 
 
 
 def _unmixed(layer: Layer, threshold: float = 2.5) -> bool:
-    """Whether the means of its batches vary by more than those of batches of mixed samples."""
-    if not layer.pools_samples or layer.mixed.all is None:
+    """Whether the means of its batches vary by more than those of random batches would."""
+    chance = layer.by_chance
+    if not layer.pools_samples or chance is None or layer.input.batches < _FEWEST_BATCHES:
         return False
-    error, mixed = layer.input.errors(layer.eps)[0], layer.mixed.errors(layer.eps)[0]
-    return error > max(NOTICEABLE, threshold * mixed)
+    return layer.input.errors(layer.eps)[0] > max(NOTICEABLE, threshold * chance)
 
 
 def _by_chance(layer: Layer) -> float:
-    """The standard error of a batch's mean that stays when samples are mixed."""
+    """The standard error of a batch's mean, but for what is due to how samples are mixed."""
     own = layer.input.errors(layer.eps)[0]
-    return own if layer.mixed.all is None else min(own, layer.mixed.errors(layer.eps)[0])
+    return own if layer.by_chance is None else min(own, layer.by_chance)
 
 
 def _half_frozen(facts: Facts, layer: Layer, threshold: float = 0) -> bool:
@@ -1120,7 +1124,8 @@ def _finite_input(batch: Any) -> bool:
 
 
 def _broken(facts: Facts) -> bool:
-    held = finite(t for _, t in _tensors(facts.trials.model))
+    """Whether NaN or infinity in weights or inputs goes through the layers in training."""
+    held = finite(facts.trials.model.parameters())
     return not held or not all(map(_finite_input, facts.trials.batches))
 
 
