@@ -65,11 +65,11 @@ def loss(output, batch):
     return F.cross_entropy(output, batch[1])
 
 
-def fit(model, batches, epochs=5, rate=0.1):
+def fit(model, batches, epochs=5, rate=0.1, training=True):
     """SGD with momentum over the batches."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, rate, momentum=0.9)
-    model.train()
+    model.train(training)
     steps = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / steps)
     for _ in range(epochs):

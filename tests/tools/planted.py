@@ -150,6 +150,22 @@ def frozen_reset(name):
     return spoiled(name, spoil)
 
 
+@fault("frozen by freeze() with the statistics of the constructor", "frozen-statistics")
+def frozen_by_call(name):
+    case = spoiled(name, lambda m: norms(m)[0].reset_running_stats())
+    normkit.swap(case.model)
+    norms(case.model)[0].freeze()
+    return case
+
+
+@fault("a frozen layer by its class, with the statistics of the constructor", "frozen-statistics")
+def frozen_by_class(name):
+    case = spoiled(name, lambda m: norms(m)[0].reset_running_stats())
+    at = str(list(case.model).index(norms(case.model)[0]))
+    normkit.swap(case.model, "frozen", only=at)
+    return case
+
+
 def in_order(batches):
     """A loader that gives these batches, for want of shuffle=True."""
     parts = [torch.cat(part) for part in zip(*batches, strict=True)]
@@ -220,6 +236,23 @@ def dropout(name):
     return Case(trained(name, dropout=0.5))
 
 
+class Drops(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+@fault("dropout as a function before the norm", "variance-shift")
+def dropout_function(name):
+    model = network(name)
+    model.insert(list(model).index(norms(model)[1]) - 1, Drops())
+    return Case(fit(model, shuffled(*digits()[0])))
+
+
+def fit_in_evaluation(model):
+    """Train without train(), as after an eval() that nothing undoes."""
+    return fit(model, shuffled(*digits()[0]), rate=0.05, training=False)
+
+
 class SwitchesToTraining(nn.Sequential):
     def forward(self, x):
         self.train()
@@ -241,6 +274,17 @@ def bytes_(name):
 def standardized(name):
     x, y = digits()[0]
     return Case(trained(name), shuffled((x - x.mean()) / x.std(), y))
+
+
+@fault("inputs inverted", "input-scale")
+def inverted(name):
+    x, y = digits()[0]
+    return Case(trained(name), shuffled(1 - x, y))
+
+
+@fault("trained in evaluation: eval() called before training", "never-updated")
+def always_evaluated(name):
+    return Case(fit_in_evaluation(network(name)))
 
 
 @fault("validation inputs from 0 to 255", "validation-shift")

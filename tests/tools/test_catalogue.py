@@ -57,7 +57,7 @@ def mended(case, finding):
     if "and the batches too" in finding.fix:
         case.loader = [(x.bfloat16(), y) for x, y in case.loader]
     if "then train on" in finding.fix:
-        fit(case.model, list(case.loader), 3)
+        fit(case.model, list(case.loader), 3, training=case.model.training)
     if "remove the train()" in finding.fix:
         case.model = nn.Sequential(*case.model)
     return case

@@ -214,7 +214,7 @@ def _lonely(trials: Trials, loader: Iterable[Any]) -> Lonely | None:
 def _mend(model: nn.Module, findings: list[Finding], loader: Iterable[Any], run: Forward) -> bool:
     """Apply the safe changes; return whether there were any."""
     safe = {rule.code for rule in RULES if rule.safe}
-    found = [f for f in findings if f.code in safe]
+    found = [f for f in findings if f.code in safe and f.fix.startswith("normkit.")]
     overflowing = {layer for f in found if f.name == _MENDED_BY_SWAP for layer in f.layers}
     if overflowing:
         swap(model, only=lambda name, module: name in overflowing)

@@ -15,13 +15,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from normkit.tools.flow import Flow, Op
 from normkit.tools.norms import Norm, is_norm, is_synchronized, read
 from normkit.tools.spread import Spread
-from normkit.tools.trials import DropoutOn, Pool, Score, See, Trials, distance
+from normkit.tools.trials import Dropout, Pool, Score, See, Trials, distance
 
 _SAMPLES = 4000
 """Values of a layer's input and output that are kept for the page's histograms."""
-
-NOTICEABLE = 0.2
-"""A standard error of a batch's mean, in standard deviations, under which batches are alike."""
 
 
 @dataclass
@@ -34,7 +31,7 @@ class Layer:
         values: how many values one statistic is made of, in one batch on one rank.
         samples: the size of a batch there.
         input: of its input's channels, in training.
-        sampled: of the means of single samples, with the samples of all batches mixed.
+        sampled: of the means and the mean squared deviations of single samples.
         dropped: of its input's channels, in training with dropout on.
         evaluated, validated: the same in evaluation, on training and on validation data.
         largest: the largest |x|.
@@ -99,13 +96,14 @@ class Layer:
         return 0.0 if self.norm is None else self.norm.eps or 0.0
 
     @property
-    def by_chance(self) -> float | None:
-        """The standard error of a batch's mean that random batches would have; None if unknown."""
+    def by_chance(self) -> tuple[float, float] | None:
+        """`input.errors(eps)` as random batches would have them; None if unknown."""
         if self.sampled.all is None or self.input.all is None:
             return None
-        share = self.sampled.all.variance / (self.input.all.variance + self.eps)
+        scale = self.input.all.variance + self.eps
         count = self.samples if self.norm is None else self.norm.ghost_size or self.samples
-        return float((share.nan_to_num(0).mean() / count).sqrt())
+        mean, square = self.sampled.all.variance.unflatten(0, (2, -1)) / count
+        return float((mean / scale).mean().sqrt()), float((square / scale.square()).mean().sqrt())
 
     def take(self, spread: Spread) -> None:
         """Put these statistics in the place of the running ones."""
@@ -184,7 +182,7 @@ def measure(
             trials, [], 0.0, 0.0, nothing, nothing, None, None, [], lonely, optimizer, ranks
         )
     every = layers_of(trials)
-    with trials.training(), torch.no_grad():
+    with trials.training(), torch.no_grad(), Dropout(on=False) as dropout:
         layers = _trace(trials, every)
     trained = trials.train(
         see=lambda name, *seen: _see_training(every[name], *seen),
@@ -192,13 +190,18 @@ def measure(
     )
 
     def see_samples(name: str, x: Tensor, _: Any, __: bool) -> None:
-        x = _channels_first(every[name], x)
-        every[name].sampled.see(x.double().reshape(*x.shape[:2], -1).mean(2))
+        layer = every[name]
+        x = _channels_first(layer, x).double()
+        assert layer.input.all is not None
+        each = x.reshape(*x.shape[:2], -1)
+        square = (each - layer.input.all.mean[:, None]).square().mean(2)
+        layer.sampled.see(torch.cat([each.mean(2), square], 1))
 
-    pool = Pool.of(trials.batches) if _differ(layers) else None
+    in_step = any(is_synchronized(layer.module) for layer in layers)
+    pool = None if in_step or len(trials.batches) < 2 else Pool.of(trials.batches)
     mixed = None if pool is None else pool.unmixed(trials.train(pool.mixed(), see_samples))
-    if any(layer.dropouts for layer in layers):
-        with DropoutOn():
+    if dropout.calls and any(layer.uses_batch for layer in layers):
+        with Dropout(on=True):
             trials.train(see=_into(every, "dropped"))
     in_training: list[str] = []
 
@@ -228,13 +231,6 @@ def measure(
         lonely,
         optimizer,
         ranks,
-    )
-
-
-def _differ(layers: list[Layer]) -> bool:
-    """Whether batches have noticeably different means, and no other rank is waited for."""
-    return not any(is_synchronized(layer.module) for layer in layers) and any(
-        layer.pools_samples and layer.input.errors(layer.eps)[0] > NOTICEABLE for layer in layers
     )
 
 

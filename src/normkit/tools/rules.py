@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from normkit.tools.findings import Finding
 from normkit.tools.flow import LINEAR, Op
-from normkit.tools.measure import NOTICEABLE, Facts, Layer, input_spread
+from normkit.tools.measure import Facts, Layer, input_spread
 from normkit.tools.norms import is_synchronized
 from normkit.tools.spread import Spread
 from normkit.tools.trials import Pool, distance, finite, input_of, with_input
@@ -181,20 +181,24 @@ def train_eval_gap(facts: Facts, threshold: float) -> Iterator[Found]:
     of="distance of the running statistics from 0 and 1",
     why="evaluation doesn't normalize: training never updated the statistics, or they were reset, "
     "or a checkpoint was loaded without them",
-    fix=RECALIBRATE,
+    fix="{cure}",
     safe=True,
 )
 def never_updated(facts: Facts, threshold: float) -> Iterator[Found]:
     """Running statistics that are still those of the constructor."""
     hits = [layer for layer in facts.layers if layer.uses_batch and _initial(layer, threshold)]
-    if hits:
-        undo = _takers(hits)
-        yield Found(
-            _at(hits),
-            "running mean and variance are 0 and 1 in every channel",
-            cost=facts.gain(undo),
-            undo=undo,
-        )
+    if not hits:
+        return
+    undo = _takers(hits)
+    cost = facts.gain(undo)
+    measured = "running mean and variance are 0 and 1 in every channel"
+    if cost > 0:
+        yield Found(_at(hits), measured, {"cure": RECALIBRATE}, cost, undo)
+    else:
+        measured += ", and evaluation does better with them than with those of the data: the model "
+        measured += "was trained in evaluation, without normalization"
+        cure = "model.train()  # before each epoch, not only before the first; then train on"
+        yield Found(_at(hits), measured, {"cure": cure})
 
 
 @rule(
@@ -265,30 +269,32 @@ def short_memory(facts: Facts, threshold: float) -> Iterator[Found]:
 @rule(
     "NK06",
     0.4,
-    of="standard error of a batch's mean in standard deviations",
+    of="standard error of a batch's mean, or what an output varies with its batch, in standard "
+    "deviations",
     why="each sample's output depends on which others are in its batch; larger batches are the "
     "other remedy",
     fix="normkit.swap(model, 'renorm', only={only})",
 )
 def few_values(facts: Facts, threshold: float) -> Iterator[Found]:
     """Batch statistics of too few values."""
-    errors = {
-        layer.name: error
+    pooling = [
+        layer
         for layer in facts.layers
-        if layer.pools_samples
-        and layer.norm is not None
-        and layer.norm.kind != "renorm"
-        and (error := _by_chance(layer)) > threshold
-    }
-    hits = [layer for layer in facts.layers if layer.name in errors]
+        if layer.pools_samples and layer.norm is not None and layer.norm.kind != "renorm"
+    ]
+    hits = [layer for layer in pooling if _by_chance(layer) > threshold]
+    cost = _of_size(facts) if facts.floor > threshold or hits else None
+    if facts.floor > threshold and cost != 0 and not any(map(_unmixed, facts.layers)):
+        hits = pooling
     if hits:
-        worst = max(hits, key=lambda layer: errors[layer.name])
+        worst = max(hits, key=_by_chance)
         mean, variance = worst.input.errors()
         yield Found(
             _at(hits),
             f"{worst.values} values a statistic: standard errors of {mean:.2g} (mean, in "
-            f"standard deviations) and {variance:.2g} (variance, relative){_worst(worst, hits)}",
-            cost=_of_size(facts),
+            f"standard deviations) and {variance:.2g} (variance, relative){_worst(worst, hits)}; "
+            f"by its batch alone an output varies by {facts.floor:.2g} standard deviations",
+            cost=cost,
         )
 
 
@@ -566,7 +572,7 @@ def validation_shift(facts: Facts, threshold: float) -> Iterator[Found]:
     )
     if change is not None:
         scale, shift = change
-        undone = trials.evaluate([with_input(b, lambda x: x * scale + shift) for b in trials.held])
+        undone = trials.evaluate([_prepared(batch, scale, shift) for batch in trials.held])
         cost = facts.validated.cost(undone)
         if cost > 0:
             cure = f"x = x * {scale:.4g} + {shift:.4g}  # where the validation data are prepared"
@@ -674,7 +680,7 @@ def frozen_statistics(facts: Facts, threshold: float) -> Iterator[Found]:
 @rule(
     "NK18",
     2.5,
-    of="standard error of a batch's mean over that of random batches of the same samples",
+    of="standard error of a batch's mean or variance over that of random batches",
     why="in training each batch is normalized by its own source or class, which tells the layers "
     "which one it is; evaluation has one set of statistics for all",
     fix="loader = torch.utils.data.DataLoader(loader.dataset, loader.batch_size, shuffle=True)\n"
@@ -684,19 +690,22 @@ def unmixed_batches(facts: Facts, threshold: float) -> Iterator[Found]:
     """Batches that differ by more than chance: one class, or one source, in each."""
     hits = [layer for layer in facts.layers if _unmixed(layer, threshold)]
     if hits and facts.mixed is not None:
-        worst = max(hits, key=lambda layer: layer.input.errors(layer.eps)[0])
-        error = worst.input.errors(worst.eps)[0]
+        if distance(facts.mixed.outputs, facts.trained.outputs) < _MATTERS:
+            return
         cost = abs(facts.mixed.cost(facts.trained))
         if facts.mixed.cost(facts.trained) > 0:
             # The model relies on who is in the batch, and evaluation can't give it that.
             cost = max(cost, facts.evaluated.cost(facts.trained))
-        if cost > 0:
-            yield Found(
-                _at(hits),
-                f"the means of these batches vary by {error:.2g} standard deviations, those of "
-                f"random batches by {worst.by_chance:.2g}{_worst(worst, hits)}",
-                cost=cost,
-            )
+        worst = max(hits, key=lambda layer: layer.input.errors(layer.eps)[0])
+        (mean, variance), chance = worst.input.errors(worst.eps), worst.by_chance
+        assert chance is not None
+        yield Found(
+            _at(hits),
+            f"means of these batches vary by {mean:.2g} standard deviations, those of random "
+            f"batches by {chance[0]:.2g}; variances by {variance:.0%}, those of random batches by "
+            f"{chance[1]:.0%}{_worst(worst, hits)}",
+            cost=cost,
+        )
 
 
 @rule(
@@ -722,18 +731,20 @@ def vanished_weight(facts: Facts, threshold: float) -> Iterator[Found]:
 
     # Some residual networks start with a weight of 0 in every block, where the skip goes on.
     costs = {layer.name: facts.gain(partial(ones, layer)) for layer in hits}
-    felt = [layer for layer in hits if _share(facts, costs[layer.name]) > 0.2]
-    if felt:
+    # Behind one that lets nothing through, another isn't felt until both are changed.
+    felt = [layer for layer in hits if _share(facts, costs[layer.name]) > 0.2] or hits
 
-        def all_ones() -> None:
-            for layer in felt:
-                ones(layer)
+    def all_ones() -> None:
+        for layer in felt:
+            ones(layer)
 
+    cost = facts.gain(all_ones)
+    if _share(facts, cost) > 0.2:
         largest = max(_largest_weight(layer) for layer in felt)
         yield Found(
             _at(felt),
             f"|weight| is at most {largest:.2g} in every channel",
-            cost=facts.gain(all_ones),
+            cost=cost,
             undo=all_ones,
         )
 
@@ -836,7 +847,7 @@ def variance_shift(facts: Facts, threshold: float) -> Iterator[Found]:
         ratio = (worst.dropped.all.variance + worst.eps) / (worst.input.all.variance + worst.eps)
         yield Found(
             _at(hits),
-            f"dropout {worst.dropouts[0]!r} before it multiplies the variance by "
+            f"dropout{_named(worst.dropouts)} before it multiplies the variance by "
             f"{float(ratio.log().mean().exp()):.2g} in training{_worst(worst, hits)}",
             cost=cost,
             undo=undo,
@@ -874,23 +885,16 @@ def training_in_evaluation(facts: Facts, threshold: float) -> Iterator[Found]:
 )
 def input_scale(facts: Facts, threshold: float) -> Iterator[Found]:
     """Inputs on another scale, which one factor and one shift bring back to the statistics."""
-    change = _rescaled(facts, threshold)
-    if change is None:
-        return
-    scale, shift = change
-    trials, layer = facts.trials, facts.layers[0]
-
-    def prepare() -> None:
-        trials.batches = [with_input(b, lambda x: x * scale + shift) for b in trials.batches]
-
-    if (cost := _worth(facts, prepare)) is not None:
+    found = _rescaled(facts, threshold)
+    if found is not None:
+        layer = facts.layers[0]
         yield Found(
             _at([layer]),
             f"running statistics are {_off(layer, layer.input):.2g} from those of the data, and "
-            f"fit after x * {scale:.4g} + {shift:.4g}",
-            {"scale": scale, "shift": shift},
-            cost=cost,
-            undo=prepare,
+            f"fit after x * {found.scale:.4g} + {found.shift:.4g}",
+            {"scale": found.scale, "shift": found.shift},
+            found.cost,
+            found.undo,
         )
 
 
@@ -998,17 +1002,19 @@ def _less_noise(shift: float, log: float, errors: list[tuple[float, float]]) -> 
 
 
 def _unmixed(layer: Layer, threshold: float = 2.5) -> bool:
-    """Whether the means of its batches vary by more than those of random batches would."""
-    chance = layer.by_chance
-    if not layer.pools_samples or chance is None or layer.input.batches < _FEWEST_BATCHES:
+    """Whether batches differ in mean or variance by more than random batches would."""
+    if layer.by_chance is None or not layer.pools_samples:
         return False
-    return layer.input.errors(layer.eps)[0] > max(NOTICEABLE, threshold * chance)
+    if layer.input.batches < _FEWEST_BATCHES:
+        return False
+    errors = zip(layer.input.errors(layer.eps), layer.by_chance, strict=True)
+    return any(own > threshold * chance for own, chance in errors)
 
 
 def _by_chance(layer: Layer) -> float:
     """The standard error of a batch's mean, but for what is due to how samples are mixed."""
     own = layer.input.errors(layer.eps)[0]
-    return own if layer.by_chance is None else min(own, layer.by_chance)
+    return own if layer.by_chance is None else min(own, layer.by_chance[0])
 
 
 def _half_frozen(facts: Facts, layer: Layer, threshold: float = 0) -> bool:
@@ -1020,7 +1026,7 @@ def _half_frozen(facts: Facts, layer: Layer, threshold: float = 0) -> bool:
 
 def _by_dropout(layer: Layer) -> bool:
     """Whether the running statistics are those with dropout rather than those without."""
-    if not layer.uses_batch or layer.dropped.all is None or not layer.dropouts:
+    if not layer.uses_batch or layer.dropped.all is None:
         return False
     assert layer.running is not None
     with_it, without = (
@@ -1052,8 +1058,18 @@ def _preparation(wanted: list[Any], given: list[Any]) -> tuple[float, float] | N
     return scale, mean - other * scale
 
 
-def _rescaled(facts: Facts, threshold: float = _FAR) -> tuple[float, float] | None:
-    """(scale, shift) of the inputs after which the first norm's running statistics fit.
+@dataclass(frozen=True)
+class _Rescaling:
+    """x * scale + shift for the inputs, what it gains, and a function that does it."""
+
+    scale: float
+    shift: float
+    cost: float
+    undo: Callable[[], None]
+
+
+def _rescaled(facts: Facts, threshold: float = _FAR) -> _Rescaling | None:
+    """A scale and a shift of the inputs after which the first norm's running statistics fit.
 
     Between the input and the first norm there is usually a linear layer, whose channel means are
     linear in both: constant inputs show how.
@@ -1085,16 +1101,31 @@ def _rescaled(facts: Facts, threshold: float = _FAR) -> tuple[float, float] | No
     varies = (own.variance > layer.eps) & (var > layer.eps)
     if varies.sum() < 3:
         return None
-    scale = float((var / own.variance)[varies].log().mean().exp().sqrt())
+    size = float((var / own.variance)[varies].log().mean().exp().sqrt())
     response = one.all.mean - zero.all.mean
-    missing = mean - zero.all.mean - scale * (own.mean - zero.all.mean)
     weight = 1 / (var + layer.eps)
     power = float((weight * response.square()).sum())
-    shift = float((weight * response * missing).sum()) / power if power > 0 else 0.0
-    moved = [with_input(batch, lambda x: x * scale + shift) for batch in trials.batches]
-    return (
-        (scale, shift) if _off(layer, input_spread(trials, layer, moved)) <= threshold / 2 else None
-    )
+    fits = []
+    for scale in (size, -size):
+        missing = mean - zero.all.mean - scale * (own.mean - zero.all.mean)
+        shift = float((weight * response * missing).sum()) / power if power > 0 else 0.0
+        moved = [_prepared(batch, scale, shift) for batch in trials.batches]
+        fits.append(
+            (sum(input_spread(trials, layer, moved).distance(mean, var, layer.eps)), scale, shift)
+        )
+    away, scale, shift = min(fits)
+    if not away <= threshold:
+        return None
+
+    def prepare() -> None:
+        trials.batches = [_prepared(batch, scale, shift) for batch in trials.batches]
+
+    cost = _worth(facts, prepare)
+    return None if cost is None else _Rescaling(scale, shift, cost, prepare)
+
+
+def _prepared(batch: Any, scale: float, shift: float) -> Any:
+    return with_input(batch, lambda x: x * scale + shift)
 
 
 def _thaw_and_freeze(layer: Layer) -> dict[str, str]:
@@ -1148,6 +1179,10 @@ def _saturation(values: list[float], function: str) -> float:
 
 def _deviation(values: list[float]) -> float:
     return float(torch.tensor(values).std())
+
+
+def _named(dropouts: list[str]) -> str:
+    return f" {dropouts[0]!r}" if dropouts else ""
 
 
 def _worst(layer: Layer, layers: list[Layer], which: str = "most") -> str:

@@ -122,7 +122,7 @@ class Trials:
                 output = self.run(batch)
                 if self.loss is not None:
                     value = self.loss(output, batch)
-                    if gradients is not None:
+                    if gradients is not None and value.requires_grad:
                         value.backward()
                         gradients()
                     losses.append(float(value.detach()))
@@ -178,17 +178,22 @@ class Trials:
                 handle.remove()
 
 
-class DropoutOn(TorchFunctionMode):
-    """Dropout drops inside, whatever mode its module is in."""
+class Dropout(TorchFunctionMode):
+    """Counts the calls of dropout inside; with `on`, they drop in whatever mode."""
+
+    def __init__(self, *, on: bool) -> None:
+        super().__init__()
+        self.on, self.calls = on, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _DROPOUTS:
-            names = ("input", "p", "training", "inplace")
-            given = dict(zip(names, args, strict=False)) | (kwargs or {})
-            return func(**{**given, "training": True})
-        return func(*args, **(kwargs or {}))
+        if func not in _DROPOUTS:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        names = ("input", "p", "training", "inplace")
+        given = dict(zip(names, args, strict=False)) | (kwargs or {})
+        return func(**(given | {"training": True} if self.on else given))
 
 
 _DROPOUTS = (
