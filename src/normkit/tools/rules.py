@@ -284,7 +284,8 @@ def few_values(facts: Facts, threshold: float) -> Iterator[Found]:
     ]
     hits = [layer for layer in pooling if _by_chance(layer) > threshold]
     cost = _of_size(facts) if facts.floor > threshold or hits else None
-    if facts.floor > threshold and cost != 0 and not any(map(_unmixed, facts.layers)):
+    felt = cost is not None and facts.floor > threshold and cost > 0.2 * (facts.trained.loss or 0)
+    if felt and not any(map(_unmixed, facts.layers)):
         hits = pooling
     if hits:
         worst = max(hits, key=_by_chance)
@@ -1101,18 +1102,21 @@ def _rescaled(facts: Facts, threshold: float = _FAR) -> _Rescaling | None:
     varies = (own.variance > layer.eps) & (var > layer.eps)
     if varies.sum() < 3:
         return None
+    # mean = zero + scale * slope + shift * response, weighted by the deviation of each channel.
+    weight = (var + layer.eps).rsqrt()
+    slope, response, rise = (weight * (m - zero.all.mean) for m in (own.mean, one.all.mean, mean))
     size = float((var / own.variance)[varies].log().mean().exp().sqrt())
-    response = one.all.mean - zero.all.mean
-    weight = 1 / (var + layer.eps)
-    power = float((weight * response.square()).sum())
-    fits = []
+    both = torch.linalg.lstsq(torch.stack([slope, response], 1), rise[:, None]).solution
+    changes = [(float(both[0, 0]), float(both[1, 0]))]
+    # Where all channels' means are alike, they don't tell a scale from a shift; variances do.
+    power = float(response.square().sum()) or 1.0
     for scale in (size, -size):
-        missing = mean - zero.all.mean - scale * (own.mean - zero.all.mean)
-        shift = float((weight * response * missing).sum()) / power if power > 0 else 0.0
+        changes.append((scale, float((response * (rise - scale * slope)).sum()) / power))
+    fits = []
+    for scale, shift in changes:
         moved = [_prepared(batch, scale, shift) for batch in trials.batches]
-        fits.append(
-            (sum(input_spread(trials, layer, moved).distance(mean, var, layer.eps)), scale, shift)
-        )
+        spread = input_spread(trials, layer, moved)
+        fits.append((sum(spread.distance(mean, var, layer.eps)), scale, shift))
     away, scale, shift = min(fits)
     if not away <= threshold:
         return None
