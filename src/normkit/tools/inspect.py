@@ -90,15 +90,17 @@ def inspect(
     """Look for faults of normalization in a model, on a few batches, and change nothing.
 
     The batches run as in training (batch statistics, dropout off, no running average moves) and as
-    in evaluation; rules (`normkit.tools.rules.RULES`) judge what was measured. Weights, buffers,
-    gradients, hooks, train or eval of every module, the optimizer and all random states are as they
-    were, also after an exception.
+    in evaluation; rules (`normkit.tools.rules.RULES`) judge what was measured. Suspects are tried:
+    the model runs again without them, and what evaluation gains is what they cost. Findings come by
+    cost, without those that follow from another. Weights, buffers, gradients, hooks, train or eval
+    of every module, the optimizer and all random states are as they were, also after an exception.
 
     Args:
         model: any module, as it is trained.
         loader: training batches; a tensor, or a tuple that starts with one, unless `forward` is
             given.
-        loss: `loss(output, batch)` is a scalar; with it gradients are measured for the page.
+        loss: `loss(output, batch)` is a scalar. With it costs are in loss, and what doesn't lower
+            it is no finding; without it they are changes of the outputs, and thresholds are higher.
         optimizer: with it its groups are looked at.
         forward: `forward(model, batch)`; by default as for `recalibrate`.
         validation: validation batches, to compare with the training ones.

@@ -167,7 +167,7 @@ def train_eval_gap(facts: Facts, threshold: float) -> Iterator[Found]:
     keeping = [layer for layer in facts.layers if layer.uses_batch]
     if keeping and (cost := _worth(facts, undo := _takers(keeping))) is not None:
         yield Found(
-            {"": type(facts.trials.model).__name__},
+            {"the model": type(facts.trials.model).__name__},
             f"outputs in training and in evaluation differ by {facts.gap:.2g} of their standard "
             f"deviation, by {facts.floor:.2g} with the statistics of these batches",
             cost=cost,
