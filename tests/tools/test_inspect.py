@@ -336,3 +336,42 @@ def test_gradients_are_measured_with_a_loss_and_a_shared_layer_is_one():
     loss(other(batches[0]), None).backward()
     expected = torch.stack([p.grad.norm() for p in other[0].parameters()]).norm()
     assert layer.weight_gradients[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_model_without_gradients_is_inspected_with_a_loss():
+    net = healthy().requires_grad_(False)
+    assert found(normkit.inspect(net, data(), loss)) == set()
+
+
+class Block(nn.Module):
+    """A residual block whose norm starts at 0, where the skip goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(x))
+
+
+def test_a_weight_of_zero_beside_a_skip_is_not_blamed():
+    net = nn.Sequential(Block(), Block(), nn.Flatten(), nn.Linear(192, 4))
+    normkit.recalibrate(net, data(seed=1))
+    assert found(normkit.inspect(net, data(), loss)) == set()
+
+
+def test_several_weights_of_zero_one_behind_the_other_are_one_finding():
+    net, right = healthy(), healthy().eval()
+    with torch.no_grad():
+        net[1].weight.zero_()
+        net[5].weight.fill_(1e-4)
+    (finding,) = normkit.inspect(net, data(), lambda y, x: (y - right(x)).square().mean()).rows
+    assert (finding.name, finding.layers) == ("vanished-weight", ("1", "5"))
+
+
+def test_a_negative_variance_is_found_and_recalibrated_away():
+    net = healthy()
+    net[1].running_var[2] = -1.0
+    (finding,) = normkit.inspect(net, data(), loss).rows
+    assert (finding.layers, finding.fix) == (("1",), "normkit.recalibrate(model, loader)")

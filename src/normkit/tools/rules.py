@@ -1099,12 +1099,14 @@ def _rescaled(facts: Facts, threshold: float = _FAR) -> _Rescaling | None:
     assert layer.input.all is not None
     mean, var = (t.double() for t in layer.running)
     own = layer.input.all
-    varies = (own.variance > layer.eps) & (var > layer.eps)
+    varies = (own.variance > layer.eps) & (var > layer.eps) & mean.isfinite() & var.isfinite()
     if varies.sum() < 3:
         return None
     # mean = zero + scale * slope + shift * response, weighted by the deviation of each channel.
-    weight = (var + layer.eps).rsqrt()
-    slope, response, rise = (weight * (m - zero.all.mean) for m in (own.mean, one.all.mean, mean))
+    weight = (var + layer.eps).rsqrt()[varies]
+    slope, response, rise = (
+        weight * (m - zero.all.mean)[varies] for m in (own.mean, one.all.mean, mean)
+    )
     size = float((var / own.variance)[varies].log().mean().exp().sqrt())
     both = torch.linalg.lstsq(torch.stack([slope, response], 1), rise[:, None]).solution
     changes = [(float(both[0, 0]), float(both[1, 0]))]
