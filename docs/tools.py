@@ -1,7 +1,8 @@
 """Write the tables of docs/tools.md from measured results.
 
-    python docs/tools.py measure    # measure again: docs/results/tools.json, a few minutes
-    python docs/tools.py            # write the tables
+    python docs/tools.py measure              # measure again: docs/results/tools.json, minutes
+    python docs/tools.py measure catalogue    # only some of it
+    python docs/tools.py                      # write the tables
 
 Times are ratios of medians, the two sides taken in turn in one process on one thread.
 """
@@ -202,53 +203,30 @@ def exactness():
     return rows
 
 
-def inspections():
-    """Planted faults, found or missed; false alarms on healthy models."""
-    from planted import PLANTED
-    from small import data, healthy
-    from zoo import NAMES, create, images
+def catalogue():
+    """Planted faults: what inspect finds, the costliest first."""
+    from digits import NETWORKS
+    from planted import CATALOGUE
 
     rows = []
-    for plant, rule, layer in PLANTED:
-        net = healthy()
-        with torch.no_grad():
-            plant(net)
-        found = {(f.name, f.layer) for f in normkit.inspect(net, data()).rows}
-        rows.append({"model": "small network", "planted": rule, "found": (rule, layer) in found})
-    for name in NAMES[::2]:
-        for rule, plant in (("stale", _shift), ("never-updated", _reset)):
-            model = create(name).train()
-            batches = [images(16, seed=i) for i in range(8)]
-            normkit.recalibrate(model, batches)
-            layer = plant(model)
-            found = {(f.name, f.layer) for f in normkit.inspect(model, batches).rows}
-            rows.append({"model": name, "planted": rule, "found": (rule, layer) in found})
-    for name in ("small network", *NAMES):
-        if name == "small network":
-            model, batches = healthy(), data()
-        else:
-            model, batches = create(name).train(), [images(16, seed=i) for i in range(8)]
-            normkit.recalibrate(model, batches)
-        report = normkit.inspect(model, batches)
-        rows.append({"model": name, "planted": None, "found": len(report.rows)})
+    for fault in CATALOGUE:
+        for name in NETWORKS:
+            case = fault.plant(name)
+            found = [finding.name for finding in case.inspect().rows]
+            rows.append({"fault": fault.name, "rule": fault.rule, "network": name, "found": found})
     return rows
 
 
-def _shift(model):
-    name, norm = _middle(model)
-    norm.running_mean.add_(2 * norm.running_var.sqrt())
-    return name
+def false_alarms():
+    """Findings in healthy models, and notes."""
+    from healthy import HEALTHY
 
-
-def _reset(model):
-    name, norm = _middle(model)
-    norm.reset_running_stats()
-    return name
-
-
-def _middle(model):
-    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    return norms[len(norms) // 2]
+    rows = []
+    for name, make in HEALTHY.items():
+        report = make().inspect()
+        found, notes = ([f.name for f in each] for each in (report.rows, report.notes))
+        rows.append({"model": name, "norms": report.facts["norms"], "found": found, "notes": notes})
+    return rows
 
 
 def table(columns, rows):
@@ -287,15 +265,16 @@ def tables(results):
     sides = ("before", "update_bn", "one pass", "sequential")
     recalibrated = [[r["case"], *(f"{r[s]:.3f}" for s in sides)] for r in results["recalibrate"]]
     exact = [[r["by"], f"{r['mean']:.1g}", f"{r['variance']:.1g}"] for r in results["exactness"]]
-    inspected = [
-        [
-            r["model"],
-            r["planted"] or "nothing",
-            {True: "found", False: "missed"}[r["found"]]
-            if r["planted"]
-            else f"{r['found']} false alarms",
-        ]
-        for r in results["inspect"]
+    by_fault = {}
+    for r in results["catalogue"]:
+        verdict = "missed" if r["rule"] not in r["found"] else "found"
+        others = [name for name in r["found"] if name != r["rule"]]
+        if r["found"][:1] == [r["rule"]]:
+            verdict = "first" + (f", then {', '.join(others)}" if others else "")
+        by_fault.setdefault((r["fault"], r["rule"]), []).append(verdict)
+    alarms = [
+        [r["model"], r["norms"], ", ".join(r["found"]) or "none", ", ".join(r["notes"])]
+        for r in results["false alarms"]
     ]
     rules = [[r.code, r.name, f"{r.threshold:g}", r.of, r.why] for r in RULES]
     return {
@@ -337,7 +316,11 @@ def tables(results):
         "all values in float64:\n\n"
         + table(["", "error of the mean / standard deviation", "error of the variance"], exact),
         "rules": table(["code", "rule", "threshold", "of", "why it matters"], rules),
-        "inspect": table(["model", "planted", "result"], inspected),
+        "catalogue": table(
+            ["fault", "rule", "in the convnet", "in the MLP"],
+            [[*fault, *verdicts] for fault, verdicts in by_fault.items()],
+        ),
+        "false alarms": table(["healthy model", "norms", "false alarms", "notes"], alarms),
     }
 
 
@@ -356,7 +339,7 @@ def written(text, results):
 
 def main():
     """Measure, or write."""
-    if sys.argv[1:] == ["measure"]:
+    if sys.argv[1:2] == ["measure"]:
         importlib.import_module("torchvision_on_cpu")
         torch.set_num_threads(1)
         parts = {
@@ -364,10 +347,11 @@ def main():
             "fold": folds,
             "recalibrate": recalibrations,
             "exactness": exactness,
-            "inspect": inspections,
+            "catalogue": catalogue,
+            "false alarms": false_alarms,
         }
-        results = {"torch": torch.__version__}
-        results |= {name: part() for name, part in parts.items()}
+        results = json.loads(RESULTS.read_text("utf-8")) | {"torch": torch.__version__}
+        results |= {name: parts[name]() for name in sys.argv[2:] or parts}
         write(RESULTS, json.dumps(results, indent=1) + "\n")
     page = HERE / "tools.md"
     results = json.loads(RESULTS.read_text("utf-8"))

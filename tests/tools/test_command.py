@@ -113,7 +113,7 @@ def test_inspects_exit_status_tells_findings_from_trouble(setup, capsys):
     assert main(["inspect", setup(HEALTHY)]) == 0
     assert capsys.readouterr().out == "no findings (1 norms, 8 batches)\n"
     assert main(["inspect", setup(BIASED)]) == 1
-    assert "0: NK01 redundant-bias: " in capsys.readouterr().out
+    assert "'0' (Linear): NK01 redundant-bias: " in capsys.readouterr().out
     assert main(["inspect", setup(BIASED), "--ignore", "NK01", "--batches", "4"]) == 0
     assert main(["inspect", setup(HEALTHY.replace("range(8)", "range(0)"))]) == 2
     assert main(["inspect", setup("    return nn.Linear(2, 2)\n")]) == 2
@@ -126,7 +126,7 @@ def test_inspect_fixes_and_writes_a_page(setup, tmp_path, capsys):
     body = HEALTHY.replace("    normkit.recalibrate(net, data)\n", "")
     page = tmp_path / "page.html"
     assert main(["inspect", setup(body), "--fix", "--html", str(page)]) == 0
-    assert "mended 1: NK03 never-updated" in capsys.readouterr().out
+    assert "mended '1' (BatchNorm1d): NK03 never-updated" in capsys.readouterr().out
     assert "<h1>No findings in 1 norms</h1>" in page.read_text()
 
 

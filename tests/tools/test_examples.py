@@ -41,7 +41,7 @@ def test_the_plain_loop(capsys):
     scope = program("for x, y in loader")
     assert type(scope["model"][1]) is nn.Identity
     said = capsys.readouterr().out
-    assert "0: NK01 redundant-bias" in said
+    assert "'0' (Linear): NK01 redundant-bias" in said
     assert "batches: 12" in said
     assert "folded: 1" in said
 

@@ -27,17 +27,17 @@ svg text { fill: var(--muted); font-size: 11px; font-variant-numeric: tabular-nu
 """
 
 
-def page(model: nn.Module, found: Sequence[Finding], layers: Sequence[Layer], batches: int) -> str:
+def page(
+    model: nn.Module,
+    found: Sequence[Finding],
+    notes: Sequence[Finding],
+    layers: Sequence[Layer],
+    batches: int,
+) -> str:
     """An inspection of the model on so many batches as HTML; names of the user's are escaped."""
     count, norms = len(found), len(layers)
     title = f"{count or 'No'} finding{'s' * (count != 1)} in {norms} norms"
-    findings = "".join(
-        f'<article class="verdict reversed"><h2>{html.escape(f.layer)} '
-        f'<span class="word">{f.code} {html.escape(f.name)}</span></h2>'
-        f"<p>{html.escape(f.measured)}</p><p>{html.escape(f.why)}</p>"
-        f'<pre tabindex="0"><code>{html.escape(f.fix)}</code></pre></article>'
-        for f in found
-    )
+    findings = "".join(map(_article, (*found, *notes)))
     rows = "".join(map(_row, layers))
     return f"""<!doctype html>
 <html lang="en">
@@ -78,6 +78,17 @@ bias, averaged over the batches; there is none without a loss.</li>
 </body>
 </html>
 """
+
+
+def _article(f: Finding) -> str:
+    kind = "note" if f.note else "reversed"
+    cost = f"<p>It costs {html.escape(f.price)}.</p>" if f.price else ""
+    fix = f'<pre tabindex="0"><code>{html.escape(f.fix)}</code></pre>' if f.fix else ""
+    return (
+        f'<article class="verdict {kind}"><h2>{html.escape(f.where)} '
+        f'<span class="word">{f.code} {html.escape(f.name)}</span></h2>'
+        f"<p>{html.escape(f.measured)}</p>{cost}<p>{html.escape(f.why)}</p>{fix}</article>"
+    )
 
 
 def _row(layer: Layer) -> str:

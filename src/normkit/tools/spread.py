@@ -41,31 +41,38 @@ class Spread:
         """How many batches were seen."""
         return int(self.means.count[0]) if self.means else 0
 
-    def errors(self) -> tuple[float, float]:
-        """Standard errors of one batch's mean, in standard deviations, and variance, relative."""
+    def errors(self, eps: float = 0.0) -> tuple[float, float]:
+        """Standard errors of one batch's mean and variance, by what a norm divides by.
+
+        Root mean squares over the channels, of mean / sqrt(variance + eps) and of variance /
+        (variance + eps).
+        """
         assert self.all is not None
         assert self.means is not None
         assert self.variances is not None
-        varies = self.all.variance > 0
+        scale = self.all.variance + eps
+        varies = scale > 0
         if self.batches < 2 or not varies.any():
             return 0.0, 0.0
-        variance = self.all.variance[varies]
-        of_mean = (self.means.variance[varies] / variance).mean().sqrt()
-        of_variance = (self.variances.variance[varies] / variance.square()).mean().sqrt()
+        scale = scale[varies]
+        of_mean = (self.means.variance[varies] / scale).mean().sqrt()
+        of_variance = (self.variances.variance[varies] / scale.square()).mean().sqrt()
         return float(of_mean), float(of_variance)
 
-    def distance(self, mean: Tensor, variance: Tensor) -> tuple[float, float]:
-        """How far other statistics are: (shift of the mean, |ln| of the variances' ratio).
+    def distance(self, mean: Tensor, variance: Tensor, eps: float = 0.0) -> tuple[float, float]:
+        """How far other statistics are: (shift of the mean, |ln| of the ratio of variance + eps).
 
-        Root mean squares over the channels that vary, the shift in standard deviations.
+        Root mean squares over the channels, the shift by sqrt(variance + eps): what the layer
+        divides by. Without eps, channels that don't vary are left out.
         """
         assert self.all is not None
-        varies = self.all.variance > 0
+        scale = self.all.variance + eps
+        varies = scale > 0
         if not varies.any():
             return 0.0, 0.0
-        mine = self.all.variance[varies]
+        mine = scale[varies]
         shift = (mean.to(mine)[varies] - self.all.mean[varies]) / mine.sqrt()
-        ratio = (variance.to(mine)[varies].clamp(min=1e-300) / mine).log()
+        ratio = ((variance.to(mine)[varies] + eps).clamp(min=1e-300) / mine).log()
         return float(shift.square().mean().sqrt()), float(ratio.square().mean().sqrt())
 
 
