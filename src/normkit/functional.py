@@ -24,6 +24,8 @@ from collections.abc import Sequence
 import torch
 import torch.fx
 from torch import Tensor
+from torch.nn.utils._expanded_weights.expanded_weights_impl import implements_per_sample_grads
+from torch.overrides import has_torch_function_variadic
 
 from normkit.backend import aten
 from normkit.backend.protocol import Normalized
@@ -44,6 +46,7 @@ from normkit.formula.checks import (
 from normkit.formula.pool import BATCH, CHANNELS, INSTANCE, Pool, ghost, group, last
 from normkit.formula.spec import Inputs, Spec, check_momentum, compute_dtype
 from normkit.runtime import autograd, recompute, state, statistics
+from normkit.runtime.overrides import PerSample, overridden
 from normkit.runtime.statistics import Moments, Running
 from normkit.runtime.sync import Merge, RankError, Settings
 
@@ -106,7 +109,9 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithms 1 and 2; ghost batches: Hoffer,
     Hubara & Soudry 2017 (arXiv 1705.08741), Algorithm 1, with a whole batch's running statistics.
     """
-    check_batch(input, running_mean, running_var, momentum, ranks)
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, mask, residual):
+        return overridden(batch_norm, locals())
+    check_batch(input, running_mean, running_var, momentum, ranks, moving=training)
     affine = Affine.of(BATCH, input, (input.shape[1],), weight, bias)
     if not training:
         return _by_running(
@@ -186,8 +191,10 @@ def batch_renorm(
 
     Source: Ioffe 2017 (arXiv 1702.03275), Algorithm 1, limits and momentum of section 4.
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, mask, residual):
+        return overridden(batch_renorm, locals())
     check_limits(r_max, d_max, r_steps, d_steps)
-    check_batch(input, running_mean, running_var, momentum, ranks)
+    check_batch(input, running_mean, running_var, momentum, ranks, moving=training)
     affine = Affine.of(BATCH, input, (input.shape[1],), weight, bias)
     if not training:
         return _by_running(
@@ -257,6 +264,8 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016 (arXiv 1607.08022).
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, mask, residual):
+        return overridden(instance_norm, locals())
     check_input(input, 2 if ranks else 3, "(N, C, *) with at least one position axis", ranks)
     if ranks and input.dim() == ranks[0]:
         return instance_norm(
@@ -278,7 +287,7 @@ def instance_norm(
             f"expected {num_features} channels, got {input.shape[1]} in input of shape "
             f"{tuple(input.shape)}"
         )
-    check_running(input, running_mean, running_var)
+    check_running(input, running_mean, running_var, moving=use_input_stats)
     check_momentum(momentum)
     affine = Affine.of(INSTANCE, input, (input.shape[1],), weight, bias)
     if not use_input_stats:
@@ -320,6 +329,8 @@ def group_norm(
 
     Source: Wu & He 2018 (arXiv 1803.08494), equation 7.
     """
+    if has_torch_function_variadic(input, weight, bias, mask, residual):
+        return overridden(group_norm, locals())
     check_input(input, 2, "(N, C, *)")
     channels = input.shape[1]
     check_groups(num_groups, channels)
@@ -370,6 +381,8 @@ def layer_norm(
     Source: Ba, Kiros & Hinton 2016 (arXiv 1607.06450), equation 4; over the channels: Liu et al.
     2022 (arXiv 2201.03545).
     """
+    if has_torch_function_variadic(input, weight, bias, mask, add) or _is_nested(input):
+        return overridden(layer_norm, locals())
     return _row_norm(
         "layer_norm", input, normalized_shape, weight, bias, eps, channels_first, mask, add, act
     )
@@ -399,6 +412,8 @@ def rms_norm(
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4; 1 + weight: as in Gemma (arXiv
     2403.08295) and its reference implementation.
     """
+    if has_torch_function_variadic(input, weight, bias, mask, add) or _is_nested(input):
+        return overridden(rms_norm, locals())
     if zero_centered_weight and weight is not None:
         weight = 1 + weight.to(compute_dtype(weight.dtype))
     if eps is None:
@@ -418,6 +433,13 @@ for _name in (
     "rms_norm",
 ):
     torch.fx.wrap(_name)
+
+for _function in (instance_norm, group_norm, layer_norm, rms_norm):
+    implements_per_sample_grads(_function)(PerSample)
+
+
+def _is_nested(input: object) -> bool:
+    return isinstance(input, Tensor) and input.is_nested
 
 
 def _row_norm(
@@ -596,9 +618,9 @@ def _by_running(
     if aten.exporting() and mask is None:
         inputs = Inputs(input, affine.weight, affine.bias, residual)
         return aten.by_running(spec, inputs, running_mean, running_var)
-    if autograd.plain() and recompute.idle():
-        mean, var = state.read(running_mean).detach(), state.read(running_var).detach()
-    else:
+    mean, var = state.read(running_mean), state.read(running_var)
+    constant = not (mean.requires_grad or var.requires_grad)
+    if constant and not (autograd.plain() and recompute.idle()):
         mean, var = recompute.remember(
             lambda: statistics.given(running_mean, running_var), moves=False
         )

@@ -10,6 +10,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from normkit.formula.checks import NESTED
 from normkit.formula.moments import Moments
 from normkit.layers import _Norm
 from normkit.runtime.sync import gathered
@@ -230,6 +231,8 @@ def _first_axis(x: Tensor, shape: tuple[int, ...], channels_first: bool) -> int:
     if not isinstance(x, Tensor) or x.is_complex() or x.dtype == torch.bool:
         met = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"expected a tensor of real numbers, got {met}")
+    if x.is_nested:
+        raise TypeError(NESTED)
     first = 1 if channels_first else x.dim() - len(shape)
     if first < 1 or tuple(x.shape[first : first + len(shape)]) != shape:
         sizes = ", ".join(map(str, shape))

@@ -13,7 +13,7 @@ from torch import Tensor
 from normkit.backend.layout import DTYPES, contiguous, dense, dense_mask, like
 from normkit.backend.layout import dense_inputs as dense_inputs
 from normkit.backend.protocol import Gradients, Normalized, Sums
-from normkit.formula.spec import ACTS, Inputs, Spec, compute_dtype
+from normkit.formula.spec import ACTS, Inputs, Spec, compute_dtype, is_wrapper
 
 DEVICE = "cpu"
 _SUMMED = {"ns": 0, "s": 1, "ks": 2, "k": 3}
@@ -46,6 +46,8 @@ def why_not(spec: Spec, inputs: Inputs) -> str | None:
     x, weight, bias = inputs.x, inputs.weight, inputs.bias
     if spec.conditional:
         return "weight or bias is given per sample"
+    if is_wrapper(x):
+        return f"x is a {type(x).__name__}, which has rules for torch's operators alone"
     if not x.is_cpu:
         return f"x is on {x.device}"
     if x.dtype not in DTYPES:
@@ -93,7 +95,7 @@ def move(
     unbias: float,
 ) -> bool:
     """Move running averages towards a batch's moments in place; False where it can't."""
-    if not (running_mean.is_cpu and available() is None):
+    if not (running_mean.is_cpu and available() is None) or is_wrapper(running_mean):
         return False
     if not all(t.dtype in DTYPES and t.is_contiguous() for t in (running_mean, running_var)):
         return False

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from normkit.formula.pool import Pool
 
@@ -62,6 +63,11 @@ class Inputs(NamedTuple):
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the statistics of x: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_wrapper(x: Tensor) -> bool:
+    """Whether x holds tensors of its own and has a rule for each operator, as a DTensor."""
+    return type(x) is not Tensor and is_traceable_wrapper_subclass(x)
 
 
 def check_eps(eps: float) -> None:

@@ -24,8 +24,8 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> Normalized:
     Only y and x + add are differentiable.
     Under torch.compile a graph holds the C++ core's operator where that is kept, else the reference
     formula; under export, torch's own operators, unless the statistics are tracked. A Function
-    inside two forward-mode transforms loses the outer tangent without a word, so there too the
-    formula itself runs.
+    inside two forward-mode transforms loses the outer tangent without a word, and none here has a
+    derivative by given statistics, so there too the formula itself runs.
     """
     if not plain():
         if inputs.add is not None:
@@ -37,12 +37,13 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> Normalized:
             return aten.normalize(spec, inputs)
         if _compiled() and backend.kept_by_compilers(spec, inputs):
             return Normalized(*_CompiledNormalize.apply(spec, *inputs))
-        if torch.compiler.is_compiling() or _forward_over_forward():
-            y, *statistics = _without_total(reference.normalize(spec, inputs))
-            return Normalized(y, *(s.detach() for s in statistics))
+        if torch.compiler.is_compiling() or spec.given or _forward_over_forward():
+            return _by_formula(spec, inputs)
         return Normalized(*_TransformedNormalize.apply(spec, *inputs))
     verbs = backend.choose(spec, inputs)
     if _differentiated(inputs):
+        if any(t is not None and t.requires_grad for t in (inputs.mean, inputs.var)):
+            return _by_formula(spec, inputs)
         inputs, found = verbs.dense_inputs(spec, inputs), list[Tensor]()
         differentiable = (inputs.x, inputs.weight, inputs.bias, inputs.residual, inputs.add)
         y, *total = _Normalize.apply(spec, inputs, verbs, found, *differentiable)
@@ -65,6 +66,11 @@ def _by_inputs(before: int, gradients: Gradients) -> tuple[Tensor | None, ...]:
     """What a backward returns for so many arguments and all of `Inputs` behind them."""
     rest = len(Inputs._fields) - len(gradients)
     return (*(None,) * before, *gradients, *(None,) * rest)
+
+
+def _by_formula(spec: Spec, inputs: Inputs) -> Normalized:
+    y, *statistics = _without_total(reference.normalize(spec, inputs))
+    return Normalized(y, *(s.detach() for s in statistics))
 
 
 def _differentiated(inputs: Inputs) -> bool:
@@ -121,9 +127,9 @@ def _backward(
     if dy is None:
         return Gradients(dtotal)
     spec, inputs = ctx.spec, _saved(ctx)
-    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
+    if torch.is_grad_enabled() or _transformed() or _batched(dy, dtotal):
         # Someone differentiates this backward, so the statistics must be functions of x again; or
-        # there are many gradients at once (`is_grads_batched`), which only torch's operators take.
+        # there are many gradients at once, which only torch's operators take.
         again = inputs if spec.given else inputs._replace(mean=None, rstd=None)
         gradients = reference.normalize_backward(spec, again, dy, dtotal)
     else:
@@ -328,13 +334,22 @@ class _TransformedNormalize(torch.autograd.Function):
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], spec: Spec, *tensors: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         def one(*one_of_each: Tensor | None) -> tuple[Tensor, ...]:
             outputs = reference.normalize(spec, Inputs(*one_of_each))  # type: ignore[arg-type]
             return _without_total(outputs)
 
-        batched = torch.vmap(one, in_dims[1:], 0, randomness=info.randomness)
-        return batched(*tensors), (0, 0, 0, 0)
+        of_tensors = in_dims[1:]
+        of_x = Inputs(*of_tensors).x, Inputs(*of_tensors).mask  # type: ignore[arg-type]
+        of_statistics = None if of_x == (None, None) else 0
+        out_dims: Any = (0, of_statistics, of_statistics, of_statistics)
+        return torch.vmap(one, of_tensors, out_dims, randomness=info.randomness)(*tensors), out_dims
+
+
+def _batched(*gradients: Tensor | None) -> bool:
+    """Whether there are many gradients at once, by `is_grads_batched`."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    return any(g is not None and legacy(g) for g in gradients)
 
 
 def _laid_out_like(dy: Tensor, x: Tensor) -> Tensor:
