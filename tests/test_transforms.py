@@ -187,3 +187,25 @@ def test_torchscript_traces_and_refuses_to_script():
     torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x))
     with pytest.raises(RuntimeError, match=r"BatchNorm2d.*TorchScript is not supported; use torch"):
         torch.jit.script(torch.nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "residual"])
+def test_vmap_over_what_the_statistics_do_not_depend_on(name):
+    x, layer = torch.randn(5, 4, 3), normkit.BatchNorm(4)
+    alone = copy.deepcopy(layer)
+    values = torch.randn(2, *(x.shape if name == "residual" else (4,)))
+    y = vmap(lambda value: layer(x, **{name: value}))(values)
+    torch.testing.assert_close(y, torch.stack([alone(x, **{name: v}) for v in values]))
+    alone.reset_running_stats()
+    alone(x)
+    for p, q in zip(layer.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_vmap_over_the_weight_of_a_batch_renorm():
+    x, weights = torch.randn(5, 4, 3), torch.randn(2, 4)
+    layer = normkit.BatchRenorm(4)
+    y = vmap(lambda weight: layer(x, weight=weight))(weights)
+    want = torch.stack([normkit.BatchRenorm(4)(x, weight=weight) for weight in weights])
+    torch.testing.assert_close(y, want)
+    assert layer.num_batches_tracked == 1

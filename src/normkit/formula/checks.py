@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 from normkit.formula.spec import check_momentum
 
 NESTED = (
-    "expected a dense tensor, got a nested one, which only LayerNorm and RMSNorm over the last axes "
-    "take; pad it, as by to_padded_tensor, and give a mask"
+    "expected a dense tensor, got a nested one, which only LayerNorm and RMSNorm over the last "
+    "axes take; pad it, as by to_padded_tensor, and give a mask"
 )
 
 

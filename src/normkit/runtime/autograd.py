@@ -233,6 +233,11 @@ class _NormalizeMerged(torch.autograd.Function):
         verbs: Backend
         if dy is None:
             dy = torch.zeros_like(inputs.x)
+        if _transformed() or _batched(dy):
+            raise RuntimeError(
+                "a synchronized batch norm takes one gradient at a time, got many, or a tangent, "
+                "which ranks can't exchange; call backward for each, or desynchronize() the layer"
+            )
         if torch.is_grad_enabled():
             # Someone differentiates this backward: the statistics must be functions of x again.
             x, verbs = inputs.x, reference
