@@ -146,8 +146,8 @@ def test_an_input_of_the_normalized_shape_alone(name, each_backend):
         return functional_call(layer, parameters, (x,)).pow(3).sum()
 
     def gradients(x, **options):
-        own = tuple(parameters.values())
-        return dict(zip(parameters, torch.autograd.grad(loss(parameters, x), own, **options)))
+        found = torch.autograd.grad(loss(parameters, x), tuple(parameters.values()), **options)
+        return dict(zip(parameters, found, strict=True))
 
     of_matrices = [gradients(x[None]) for x in xs]
     for x, want in zip(xs, of_matrices, strict=True):

@@ -381,7 +381,9 @@ def layer_norm(
     Source: Ba, Kiros & Hinton 2016 (arXiv 1607.06450), equation 4; over the channels: Liu et al.
     2022 (arXiv 2201.03545).
     """
-    if has_torch_function_variadic(input, weight, bias, mask, add) or _is_nested(input):
+    if has_torch_function_variadic(input, weight, bias, mask, add) or (
+        isinstance(input, Tensor) and input.is_nested
+    ):
         return overridden(layer_norm, locals())
     return _row_norm(
         "layer_norm", input, normalized_shape, weight, bias, eps, channels_first, mask, add, act
@@ -412,7 +414,9 @@ def rms_norm(
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4; 1 + weight: as in Gemma (arXiv
     2403.08295) and its reference implementation.
     """
-    if has_torch_function_variadic(input, weight, bias, mask, add) or _is_nested(input):
+    if has_torch_function_variadic(input, weight, bias, mask, add) or (
+        isinstance(input, Tensor) and input.is_nested
+    ):
         return overridden(rms_norm, locals())
     if zero_centered_weight and weight is not None:
         weight = 1 + weight.to(compute_dtype(weight.dtype))
@@ -436,10 +440,6 @@ for _name in (
 
 for _function in (instance_norm, group_norm, layer_norm, rms_norm):
     implements_per_sample_grads(_function)(PerSample)
-
-
-def _is_nested(input: object) -> bool:
-    return isinstance(input, Tensor) and input.is_nested
 
 
 def _row_norm(

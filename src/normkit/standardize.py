@@ -186,7 +186,7 @@ class Standardize(_Norm):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._fitted = bool((self.count > 0).all())
+        self._fitted = not self.count.is_meta and bool((self.count > 0).all())
 
 
 def _moments(x: Tensor, shape: tuple[int, ...], channels_first: bool, ignore_nan: bool) -> Moments:

@@ -33,6 +33,7 @@ def available() -> str | None:
     except OSError as error:
         return f"the C++ core can't be loaded: {error}"
     _register_shapes()
+    _register_zeros()
     return None
 
 
@@ -225,3 +226,17 @@ def _register_shapes() -> None:
     @torch.library.register_fake("normkit::sums")
     def _(dy, x, *others):  # type: ignore[no-untyped-def]
         return x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+
+_zeros = torch.library.Library("normkit", "IMPL")
+
+
+def _register_zeros() -> None:
+    """Tensors that torch knows to be zero, and allocates no memory for, become ordinary ones."""
+    for name in ("normalize", "output", "add_normalize", "normalize_backward", "moments", "sums"):
+        _zeros.impl(name, functools.partial(_with_memory, name), "ZeroTensor")
+
+
+def _with_memory(name: str, *args: Any) -> Any:
+    own = [t.clone() if isinstance(t, Tensor) and t._is_zerotensor() else t for t in args]
+    return getattr(torch.ops.normkit, name).default(*own)

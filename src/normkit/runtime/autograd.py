@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
@@ -23,9 +24,9 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> Normalized:
 
     Only y and x + add are differentiable.
     Under torch.compile a graph holds the C++ core's operator where that is kept, else the reference
-    formula; under export, torch's own operators, unless the statistics are tracked. A Function
-    inside two forward-mode transforms loses the outer tangent without a word, and none here has a
-    derivative by given statistics, so there too the formula itself runs.
+    formula; under export, torch's own operators, unless the statistics are tracked. The formula
+    itself runs, too, in the transforms that Functions don't fit, and where statistics that are
+    given are differentiated, by which no Function here has a derivative.
     """
     if not plain():
         if inputs.add is not None:
@@ -37,12 +38,13 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> Normalized:
             return aten.normalize(spec, inputs)
         if _compiled() and backend.kept_by_compilers(spec, inputs):
             return Normalized(*_CompiledNormalize.apply(spec, *inputs))
-        if torch.compiler.is_compiling() or spec.given or _forward_over_forward():
+        if torch.compiler.is_compiling() or spec.given or _by_formula_alone():
             return _by_formula(spec, inputs)
         return Normalized(*_TransformedNormalize.apply(spec, *inputs))
     verbs = backend.choose(spec, inputs)
     if _differentiated(inputs):
-        if any(t is not None and t.requires_grad for t in (inputs.mean, inputs.var)):
+        mean, var = inputs.mean, inputs.var
+        if mean is not None and var is not None and (mean.requires_grad or var.requires_grad):
             return _by_formula(spec, inputs)
         inputs, found = verbs.dense_inputs(spec, inputs), list[Tensor]()
         differentiable = (inputs.x, inputs.weight, inputs.bias, inputs.residual, inputs.add)
@@ -92,11 +94,15 @@ def _transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def _forward_over_forward() -> bool:
+def _by_formula_alone() -> bool:
+    """Forward mode inside forward mode, or functionalization, is at work.
+
+    A Function loses the outer tangent without a word in the first, and has no rule in the second.
+    """
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False
-    stack = retrieve_all_functorch_interpreters()
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
+    transforms = [level.key() for level in retrieve_all_functorch_interpreters()]
+    return transforms.count(TransformType.Jvp) > 1 or TransformType.Functionalize in transforms
 
 
 def _save(ctx: Any, spec: Spec, inputs: Inputs, outputs: Normalized) -> None:
@@ -127,7 +133,7 @@ def _backward(
     if dy is None:
         return Gradients(dtotal)
     spec, inputs = ctx.spec, _saved(ctx)
-    if torch.is_grad_enabled() or _transformed() or _batched(dy, dtotal):
+    if torch.is_grad_enabled() or _transformed() or _batched(dy) or _batched(dtotal):
         # Someone differentiates this backward, so the statistics must be functions of x again; or
         # there are many gradients at once, which only torch's operators take.
         again = inputs if spec.given else inputs._replace(mean=None, rstd=None)
@@ -351,10 +357,9 @@ class _TransformedNormalize(torch.autograd.Function):
         return torch.vmap(one, of_tensors, out_dims, randomness=info.randomness)(*tensors), out_dims
 
 
-def _batched(*gradients: Tensor | None) -> bool:
+def _batched(gradient: Tensor | None) -> bool:
     """Whether there are many gradients at once, by `is_grads_batched`."""
-    legacy = torch._C._functorch.is_legacy_batchedtensor
-    return any(g is not None and legacy(g) for g in gradients)
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _laid_out_like(dy: Tensor, x: Tensor) -> Tensor:
