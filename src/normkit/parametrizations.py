@@ -289,9 +289,10 @@ class _WeightStandardization(_Reparametrization):
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast, where the device has it, would take products, and so an estimate, to its dtype."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
+    """Autocast would take products, and so an estimate, down to its dtype."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from normkit.formula.spec import float64
 from normkit.tools.flow import Flow, Op
 from normkit.tools.model import Forward, all_off
 from normkit.tools.norms import Norm, is_frozen, is_norm, read
@@ -279,13 +280,13 @@ def _padding(x: Tensor) -> float | None:
 
 def _thinned(x: Tensor) -> list[float]:
     flat = x.flatten()
-    values = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].double()
+    values = float64(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES])
     return values[values.isfinite()].tolist()
 
 
 def _tensors(output: Any) -> list[Tensor]:
     return [
-        t.detach().double()
+        float64(t.detach())
         for t in tree_leaves(output)
         if isinstance(t, Tensor) and t.is_floating_point()
     ]

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from normkit.formula.spec import float64
+
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on one item of a loader: `forward(model, batch)`."""
 
@@ -219,4 +221,4 @@ def outputs(model: nn.Module, example: Any, run: Forward) -> list[Tensor]:
 def largest(before: list[Tensor], after: list[Tensor] | None = None) -> float:
     """The largest difference of two sets of outputs, or the largest value of one."""
     pairs = zip(before, after or [y.new_zeros(()) for y in before], strict=True)
-    return max((float((a.double() - b.double()).abs().max()) for a, b in pairs), default=0.0)
+    return max((float((float64(a) - float64(b)).abs().max()) for a, b in pairs), default=0.0)
