@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.overrides import TorchFunctionMode
 
 import normkit
 from normkit import functional as F
+from normkit.functional import layer_norm
 from normkit.parametrizations import spectral_norm, weight_norm, weight_standardization
 
 
@@ -97,6 +99,35 @@ def test_a_subclass_may_have_rules_of_its_own():
     assert function is F.layer_norm
     assert of is x
     assert eps == 0.5
+
+
+def test_a_function_of_its_own_name_is_one_node_for_fx():
+    class Model(nn.Module):
+        def forward(self, x):
+            return layer_norm(x, 3, eps=0.5)
+
+    traced = torch.fx.symbolic_trace(Model())
+    (call,) = [node for node in traced.graph.nodes if node.op == "call_function"]
+    assert call.target is layer_norm
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(traced(x), layer_norm(x, 3, eps=0.5))
+
+
+def test_a_mode_sees_a_norm_as_one_call():
+    calls = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x, layer = torch.randn(4, 4, 3), normkit.BatchNorm(4)
+    with Mode():
+        y = layer(x)
+    assert F.batch_norm in calls
+    assert not {torch.Tensor.mul, torch.mean} & set(calls)
+    torch.testing.assert_close(y, normkit.BatchNorm(4)(x))
+    assert layer.num_batches_tracked == 1
 
 
 def test_a_gradient_comes_back_through_a_subclass():
@@ -204,6 +235,16 @@ def test_what_a_nested_tensor_cannot_be_given(layout):
         layer(x, mask=torch.ones(2, 1, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"expected a nested input with last sizes \(3, 5\)"):
         normkit.LayerNorm((3, 5))(x)
+    for norm in (layer, normkit.RMSNorm(5)):
+        with pytest.raises(TypeError, match="add must be a dense tensor as the input is"):
+            norm(torch.randn(2, 3, 5), add=x)
+    with pytest.raises(TypeError, match="residual must be a dense tensor as the input is"):
+        F.group_norm(torch.randn(2, 3, 5), 1, residual=x)
+
+
+def test_a_nested_tensor_without_samples_stays_one():
+    x = nested([], torch.strided)
+    assert normkit.LayerNorm(5)(x) is x
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ broadcasting to x (conditional: AdaIN, arXiv 1703.06868; FiLM, arXiv 1709.07871)
 (C,) reads normalized_shape, and (N, C) (N, *normalized_shape), the same at all positions (AdaLN).
 
 `act` is None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu" (exact).
+
+Tensor subclasses get each call through their `__torch_function__`, as with torch's own norms.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def batch_norm(
 
     Args:
         input: (N, C, *), floating point.
-        running_mean, running_var: (C,) each.
+        running_mean, running_var: (C,) each; in evaluation y is differentiable by them.
         weight, bias: (C,) each, or per sample.
         ghost_size: with `training`, split the samples in their order into ceil(N / ghost_size)
             ghost batches, whose sizes differ by at most one, and normalize each by its own
@@ -102,8 +104,8 @@ def batch_norm(
     Raises:
         RankError: processes that differ in channels, dtype or settings, or one that doesn't come.
         ValueError: a wrong shape; in training, one value per channel (or per channel of a ghost
-            batch); eps or momentum out of range; unknown act; a ghost_size below 1; no running
-            statistics in evaluation.
+            batch), or running statistics that are differentiated; eps or momentum out of range;
+            unknown act; a ghost_size below 1; no running statistics in evaluation.
         TypeError: integer or complex input; a mask that isn't boolean; a residual of another dtype.
 
     Source: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithms 1 and 2; ghost batches: Hoffer,
@@ -367,7 +369,8 @@ def layer_norm(
     The same in training and evaluation.
 
     Args:
-        input: (*, normalized_shape), or (N, C, *) with `channels_first`.
+        input: (*, normalized_shape), or (N, C, *) with `channels_first`. A nested tensor, jagged or
+            strided, has each of its rows normalized, without a mask and per-sample parameters.
         normalized_shape: the sizes of the normalized axes; (C,) with `channels_first`.
         weight, bias: normalized_shape each, or per sample.
         add: input's shape, dtype and device; added before the norm, and the sum is returned too.

@@ -158,6 +158,8 @@ def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
 def check_like(name: str, tensor: Tensor, x: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor like the input, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor as the input is, got a nested one")
     for what in ("shape", "dtype", "device"):
         met, expected = getattr(tensor, what), getattr(x, what)
         if met != expected:

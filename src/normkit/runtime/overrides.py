@@ -12,7 +12,7 @@ from torch.nn.utils._expanded_weights import expanded_weights_utils
 from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 from torch.overrides import handle_torch_function
 
-from normkit.formula.checks import NESTED
+from normkit.formula.checks import NESTED, check_normalized_shape
 
 
 def overridden(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -21,19 +21,22 @@ def overridden(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     Nested tensors come here too. Jagged ones go no further, since their `__torch_function__` knows
     functions by their names, and would take ours for torch's.
     """
-    input = arguments.pop("input")
     with torch._C.DisableTorchFunctionSubclass():
-        nested = isinstance(input, Tensor) and input.is_nested
+        tensors = {name: t for name, t in arguments.items() if isinstance(t, Tensor)}
+        nested = [name for name, tensor in tensors.items() if tensor.is_nested]
+    if "input" in nested:
+        return _by_rows(function, **arguments)
     if nested:
-        return _by_rows(function, input, **arguments)
+        raise TypeError(f"{nested[0]} must be a dense tensor as the input is, got a nested one")
     plain = inspect.unwrap(function)  # torch.fx wraps it while it traces
+    input = arguments.pop("input")
     return handle_torch_function(plain, (input, *arguments.values()), input, **arguments)
 
 
 def _by_rows(
     norm: Callable[..., Any],
     input: Tensor,
-    normalized_shape: int | Sequence[int] = (),
+    normalized_shape: int | Sequence[int] | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
@@ -42,9 +45,9 @@ def _by_rows(
     **settings: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A norm over the last axes of a nested tensor, all its rows in one dense call."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or channels_first:
+    if normalized_shape is None or channels_first:
         raise TypeError(NESTED)
+    shape = check_normalized_shape(normalized_shape, channels_first)
     if mask is not None:
         raise ValueError("a nested tensor takes no mask; its samples have the length they have")
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -89,6 +92,8 @@ def _of_strided(
     norm: Callable[..., Any], x: Tensor, shape: tuple[int, ...], **settings: Any
 ) -> Tensor:
     samples = x.unbind()
+    if not samples:
+        return x
     for sample in samples:
         if tuple(sample.shape[-len(shape) :]) != shape:
             raise ValueError(
