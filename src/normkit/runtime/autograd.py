@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
@@ -133,7 +133,10 @@ def _backward(
     if dy is None:
         return Gradients(dtotal)
     spec, inputs = ctx.spec, _saved(ctx)
-    if torch.is_grad_enabled() or _transformed() or _batched(dy) or _batched(dtotal):
+    batched = is_legacy_batchedtensor(dy) or (
+        dtotal is not None and is_legacy_batchedtensor(dtotal)
+    )
+    if batched or torch.is_grad_enabled() or _transformed():
         # Someone differentiates this backward, so the statistics must be functions of x again; or
         # there are many gradients at once, which only torch's operators take.
         again = inputs if spec.given else inputs._replace(mean=None, rstd=None)
@@ -239,7 +242,7 @@ class _NormalizeMerged(torch.autograd.Function):
         verbs: Backend
         if dy is None:
             dy = torch.zeros_like(inputs.x)
-        if _transformed() or _batched(dy):
+        if _transformed() or is_legacy_batchedtensor(dy):
             raise RuntimeError(
                 "a synchronized batch norm takes one gradient at a time, got many, or a tangent, "
                 "which ranks can't exchange; call backward for each, or desynchronize() the layer"
@@ -355,11 +358,6 @@ class _TransformedNormalize(torch.autograd.Function):
         of_statistics = None if of_x == (None, None) else 0
         out_dims: Any = (0, of_statistics, of_statistics, of_statistics)
         return torch.vmap(one, of_tensors, out_dims, randomness=info.randomness)(*tensors), out_dims
-
-
-def _batched(gradient: Tensor | None) -> bool:
-    """Whether there are many gradients at once, by `is_grads_batched`."""
-    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _laid_out_like(dy: Tensor, x: Tensor) -> Tensor:
