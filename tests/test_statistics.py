@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import onnxruntime
 import pytest
@@ -523,3 +524,68 @@ def test_unknown_shapes_of_statistics_are_errors():
             torch.ones(3),
             num_batches_tracked=torch.tensor(0),
         )
+
+
+BY_RUNNING = {
+    "batch": lambda x, m, v, **k: F.batch_norm(x, m, v, **k),
+    "batch, acts and adds": lambda x, m, v, **k: F.batch_norm(x, m, v, residual=x, act="silu", **k),
+    "instance": lambda x, m, v, **k: F.instance_norm(x, m, v, use_input_stats=False, **k),
+    "renorm": lambda x, m, v, **k: F.batch_renorm(
+        x, m, v, num_batches_tracked=x.new_zeros(()), **k
+    ),
+    "frozen": lambda x, m, v, **k: torch.func.functional_call(
+        normkit.FrozenBatchNorm(4).double(), {"running_mean": m, "running_var": v}, (x,), k
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_RUNNING)
+def test_evaluation_is_differentiable_by_its_statistics(name, each_backend):
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    mean, var = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64) + 0.5
+    norm = partial(BY_RUNNING[name], mask=torch.rand(2, 4, 3) < 0.8)
+    for wrt in ((x, mean, var), (mean, var)):
+        for t in wrt:
+            t.requires_grad_()
+
+        def of(*given, wrt=wrt):
+            return norm(*(x, mean, var)[: 3 - len(wrt)], *given)
+
+        assert torch.autograd.gradcheck(of, wrt, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(of, wrt)
+    out = norm(x, mean, var).pow(3).sum()
+    want = torch.autograd.grad(out, (mean, var))
+    own = [t.detach() for t in (x, mean, var)]
+    got = torch.func.grad(lambda m, v: norm(own[0], m, v).pow(3).sum(), argnums=(0, 1))(*own[1:])
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_the_gradient_of_a_running_mean_passes_a_checkpoint(reentrant):
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    mean, var = torch.zeros(4, requires_grad=True), torch.ones(4)
+    checkpoint(F.batch_norm, x, mean, var, use_reentrant=reentrant).square().sum().backward()
+    (want,) = torch.autograd.grad(F.batch_norm(x, mean, var).square().sum(), mean)
+    torch.testing.assert_close(mean.grad, want)
+
+
+def test_statistics_that_move_are_not_differentiated():
+    x, var = torch.randn(2, 4, 3), torch.ones(4)
+    wanted = torch.zeros(4, requires_grad=True)
+    count = torch.zeros((), dtype=torch.long)
+    message = "running_mean is differentiated, but training moves it"
+    with pytest.raises(ValueError, match=message):
+        F.batch_norm(x, wanted, var, training=True)
+    with pytest.raises(ValueError, match=message):
+        F.instance_norm(x, wanted, var)
+    with pytest.raises(ValueError, match=message):
+        F.batch_renorm(x, wanted, var, training=True, num_batches_tracked=count)
+    with pytest.raises(ValueError, match="running_var is differentiated"):
+        torch.func.jvp(lambda v: F.batch_norm(x, var, v, training=True), (var,), (var,))
+    layer = normkit.BatchNorm(4)
+    layer.running_mean.requires_grad_()
+    with pytest.raises(ValueError, match=r"BatchNorm\(4.*running_mean is differentiated"):
+        layer(x)
+    with torch.no_grad():
+        layer(x)
+    torch.testing.assert_close(layer.running_mean, 0.1 * x.mean((0, 2)))

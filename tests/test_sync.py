@@ -324,6 +324,20 @@ def transformed(rank):
     )
 
 
+def one_gradient_at_a_time(rank):
+    """What is said of many gradients at once, and of a tangent."""
+    layer, _, x, dy = synced_and_whole(partial(SYNC, 5))
+    mine, dy = part(x, rank).requires_grad_(), part(dy, rank)
+    y = layer(mine)
+    back = partial(torch.autograd.grad, y, mine, retain_graph=True)
+    many = torch.stack([dy, dy])
+    return [
+        error_of(torch.vmap(back), many),
+        error_of(back, many, is_grads_batched=True),
+        error_of(torch.func.jvp, back, (dy,), (dy,)),
+    ]
+
+
 def network(norm=nn.BatchNorm2d):
     torch.manual_seed(0)
     return nn.Sequential(
@@ -545,7 +559,7 @@ def standardized(rank):
 
 ACTS = (
     *(collectives, recomputed, compiled, transformed, data_parallel, sharded, subgroups),
-    *(disagreements, histories, recalibrated, standardized, absences),
+    *(one_gradient_at_a_time, disagreements, histories, recalibrated, standardized, absences),
 )
 
 
@@ -668,6 +682,12 @@ def test_second_derivatives_and_functional_gradients(ranks):
     for found in of(ranks, transformed):
         for got, expected in found:
             np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_many_gradients_at_once_are_refused(ranks):
+    for errors in of(ranks, one_gradient_at_a_time):
+        for error in errors:
+            assert error.startswith("RuntimeError: a synchronized batch norm takes one gradient")
 
 
 def test_ddp_averages_and_the_weighted_loss_is_the_whole_batchs(ranks):

@@ -5,11 +5,15 @@ import copy
 import onnxruntime
 import pytest
 import torch
+from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import normkit
 from cases import CASES
 from normkit import functional as F
+from normkit.parametrizations import spectral_norm, weight_norm, weight_standardization
 from test_drop_in import pair
 
 CHOSEN = [CASES[i] for i in (0, 2, 6, 9, 11, 14, 17)]
@@ -187,3 +191,114 @@ def test_torchscript_traces_and_refuses_to_script():
     torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x))
     with pytest.raises(RuntimeError, match=r"BatchNorm2d.*TorchScript is not supported; use torch"):
         torch.jit.script(torch.nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "residual"])
+def test_vmap_over_what_the_statistics_do_not_depend_on(name):
+    x, layer = torch.randn(5, 4, 3), normkit.BatchNorm(4)
+    alone = copy.deepcopy(layer)
+    values = torch.randn(2, *(x.shape if name == "residual" else (4,)))
+    y = vmap(lambda value: layer(x, **{name: value}))(values)
+    torch.testing.assert_close(y, torch.stack([alone(x, **{name: v}) for v in values]))
+    alone.reset_running_stats()
+    alone(x)
+    for p, q in zip(layer.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_vmap_over_the_weight_of_a_batch_renorm():
+    x, weights = torch.randn(5, 4, 3), torch.randn(2, 4)
+    layer = normkit.BatchRenorm(4)
+    y = vmap(lambda weight: layer(x, weight=weight))(weights)
+    want = torch.stack([normkit.BatchRenorm(4)(x, weight=weight) for weight in weights])
+    torch.testing.assert_close(y, want)
+    assert layer.num_batches_tracked == 1
+
+
+LAYERS = {
+    "batch, evaluated": lambda: normkit.BatchNorm(4, act="silu").eval(),
+    "batch, untracked": lambda: normkit.BatchNorm(4, track_running_stats=False),
+    "frozen": lambda: normkit.FrozenBatchNorm(4),
+    "instance": lambda: normkit.InstanceNorm1d(4, affine=True),
+    "group": lambda: normkit.GroupNorm(2, 4, act="silu"),
+    "layer": lambda: normkit.LayerNorm(3),
+    "layer over channels": lambda: normkit.LayerNorm(4, channels_first=True),
+    "rms": lambda: normkit.RMSNorm(3, zero_centered_weight=True),
+    "dyt": lambda: normkit.DyT(3),
+    "filter response": lambda: normkit.FilterResponseNorm(4),
+    "global response": lambda: normkit.GlobalResponseNorm(4),
+    "standardize": lambda: normkit.Standardize(4).fit(torch.randn(9, 4)),
+    "weight norm": lambda: weight_norm(nn.Linear(3, 2)),
+    "spectral norm": lambda: spectral_norm(nn.Linear(3, 2)).eval(),
+    "weight standardization": lambda: weight_standardization(nn.Linear(3, 2)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    return LAYERS[request.param]().double()
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # torch's linearize
+def test_every_transform_of_torch_func(layer):
+    x, v = torch.randn(2, 4, 4, 3, dtype=torch.float64)
+    y = layer(x)
+    by_x = torch.autograd.functional.jacobian(layer, x)
+    along_v = (by_x * v).flatten(y.dim()).sum(-1)
+    torch.testing.assert_close(jacrev(layer, chunk_size=5)(x), by_x)
+    torch.testing.assert_close(jacfwd(layer, randomness="same")(x), by_x)
+    back = torch.func.vjp(layer, x)[1]
+    torch.testing.assert_close(back(y)[0], (by_x * y[(..., *(None,) * 3)]).sum((0, 1, 2)))
+    torch.testing.assert_close(jvp(layer, (x,), (v,))[1], along_v)
+    linear = torch.func.linearize(layer, x)[1]
+    torch.testing.assert_close(vmap(linear)(torch.stack([v, -v])), torch.stack([along_v, -along_v]))
+    many = vmap(layer, in_dims=2, out_dims=1, chunk_size=1)(torch.stack([x, v], 2))
+    torch.testing.assert_close(many, torch.stack([y, layer(v)], 1))
+
+
+def test_functionalized(layer):
+    x, dy = torch.randn(4, 4, 3, dtype=torch.float64), torch.randn(())
+
+    def loss(layer):
+        return lambda x: layer(x).pow(3).sum() * dy
+
+    for remove in ("mutations", "mutations_and_views"):
+        functional = torch.func.functionalize(layer, remove=remove)
+        torch.testing.assert_close(functional(x), layer(x))
+        torch.testing.assert_close(make_fx(functional)(x)(x), layer(x))
+        torch.testing.assert_close(grad(loss(functional))(x), grad(loss(layer))(x))
+    inner = torch.func.functionalize(grad(loss(layer)))
+    torch.testing.assert_close(inner(x), grad(loss(layer))(x))
+
+
+def test_tensors_that_torch_knows_to_be_zero_or_negative(layer):
+    x = torch.randn(4, 4, 3, dtype=torch.float64)
+    zero = torch._efficientzerotensor(x.shape, dtype=torch.float64)
+    negative = torch._neg_view(x)
+    # The derivative of torch's vector_norm takes nothing that is known to be zero.
+    first = 1 if isinstance(layer, normkit.GlobalResponseNorm) else 0
+    for lazy, plain in ((zero, torch.zeros_like(x)), (negative, -x))[first:]:
+        with torch.no_grad():
+            torch.testing.assert_close(layer(lazy), layer(plain))
+        a, b = lazy.detach().requires_grad_(), plain.requires_grad_()
+        y, y_plain = layer(a), layer(b)
+        torch.testing.assert_close(y, y_plain)
+        dys = torch._efficientzerotensor(y.shape, dtype=y.dtype), torch._neg_view(y.detach())
+        for dy in dys[first:]:
+            (got,) = torch.autograd.grad(y, a, dy, retain_graph=True)
+            (want,) = torch.autograd.grad(y_plain, b, dy.clone(), retain_graph=True)
+            torch.testing.assert_close(got.clone(), want.clone())
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(plain, zero))).tangent
+            assert tangent is None or not tangent.any()
+
+
+def test_a_sum_whose_own_gradient_is_zero_or_none():
+    x, add = torch.randn(2, 4, 3, requires_grad=True)
+    y, total = F.rms_norm(x, 3, add=add)
+    zero = torch._efficientzerotensor(total.shape)
+    (want,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    (got,) = torch.autograd.grad((y, total), x, (torch.ones_like(y), zero), retain_graph=True)
+    torch.testing.assert_close(got, want)
+    (alone,) = torch.autograd.grad(total.sum(), x)
+    torch.testing.assert_close(alone, torch.ones_like(x))

@@ -14,6 +14,8 @@ broadcasting to x (conditional: AdaIN, arXiv 1703.06868; FiLM, arXiv 1709.07871)
 (C,) reads normalized_shape, and (N, C) (N, *normalized_shape), the same at all positions (AdaLN).
 
 `act` is None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu" (exact).
+
+Tensor subclasses get each call through their `__torch_function__`, as with torch's own norms.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from collections.abc import Sequence
 import torch
 import torch.fx
 from torch import Tensor
+from torch.nn.utils._expanded_weights.expanded_weights_impl import implements_per_sample_grads
+from torch.overrides import has_torch_function_variadic
 
 from normkit.backend import aten
 from normkit.backend.protocol import Normalized
@@ -44,6 +48,7 @@ from normkit.formula.checks import (
 from normkit.formula.pool import BATCH, CHANNELS, INSTANCE, Pool, ghost, group, last
 from normkit.formula.spec import Inputs, Spec, check_momentum, compute_dtype
 from normkit.runtime import autograd, recompute, state, statistics
+from normkit.runtime.overrides import PerSample, overridden
 from normkit.runtime.statistics import Moments, Running
 from normkit.runtime.sync import Merge, RankError, Settings
 
@@ -82,7 +87,7 @@ def batch_norm(
 
     Args:
         input: (N, C, *), floating point.
-        running_mean, running_var: (C,) each.
+        running_mean, running_var: (C,) each; in evaluation y is differentiable by them.
         weight, bias: (C,) each, or per sample.
         ghost_size: with `training`, split the samples in their order into ceil(N / ghost_size)
             ghost batches, whose sizes differ by at most one, and normalize each by its own
@@ -99,14 +104,16 @@ def batch_norm(
     Raises:
         RankError: processes that differ in channels, dtype or settings, or one that doesn't come.
         ValueError: a wrong shape; in training, one value per channel (or per channel of a ghost
-            batch); eps or momentum out of range; unknown act; a ghost_size below 1; no running
-            statistics in evaluation.
+            batch), or running statistics that are differentiated; eps or momentum out of range;
+            unknown act; a ghost_size below 1; no running statistics in evaluation.
         TypeError: integer or complex input; a mask that isn't boolean; a residual of another dtype.
 
     Source: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithms 1 and 2; ghost batches: Hoffer,
     Hubara & Soudry 2017 (arXiv 1705.08741), Algorithm 1, with a whole batch's running statistics.
     """
-    check_batch(input, running_mean, running_var, momentum, ranks)
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, mask, residual):
+        return overridden(batch_norm, locals())
+    check_batch(input, running_mean, running_var, momentum, ranks, moving=training)
     affine = Affine.of(BATCH, input, (input.shape[1],), weight, bias)
     if not training:
         return _by_running(
@@ -186,8 +193,10 @@ def batch_renorm(
 
     Source: Ioffe 2017 (arXiv 1702.03275), Algorithm 1, limits and momentum of section 4.
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, mask, residual):
+        return overridden(batch_renorm, locals())
     check_limits(r_max, d_max, r_steps, d_steps)
-    check_batch(input, running_mean, running_var, momentum, ranks)
+    check_batch(input, running_mean, running_var, momentum, ranks, moving=training)
     affine = Affine.of(BATCH, input, (input.shape[1],), weight, bias)
     if not training:
         return _by_running(
@@ -257,6 +266,8 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016 (arXiv 1607.08022).
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, mask, residual):
+        return overridden(instance_norm, locals())
     check_input(input, 2 if ranks else 3, "(N, C, *) with at least one position axis", ranks)
     if ranks and input.dim() == ranks[0]:
         return instance_norm(
@@ -278,7 +289,7 @@ def instance_norm(
             f"expected {num_features} channels, got {input.shape[1]} in input of shape "
             f"{tuple(input.shape)}"
         )
-    check_running(input, running_mean, running_var)
+    check_running(input, running_mean, running_var, moving=use_input_stats)
     check_momentum(momentum)
     affine = Affine.of(INSTANCE, input, (input.shape[1],), weight, bias)
     if not use_input_stats:
@@ -320,6 +331,8 @@ def group_norm(
 
     Source: Wu & He 2018 (arXiv 1803.08494), equation 7.
     """
+    if has_torch_function_variadic(input, weight, bias, mask, residual):
+        return overridden(group_norm, locals())
     check_input(input, 2, "(N, C, *)")
     channels = input.shape[1]
     check_groups(num_groups, channels)
@@ -356,7 +369,8 @@ def layer_norm(
     The same in training and evaluation.
 
     Args:
-        input: (*, normalized_shape), or (N, C, *) with `channels_first`.
+        input: (*, normalized_shape), or (N, C, *) with `channels_first`. A nested tensor, jagged or
+            strided, has each of its rows normalized, without a mask and per-sample parameters.
         normalized_shape: the sizes of the normalized axes; (C,) with `channels_first`.
         weight, bias: normalized_shape each, or per sample.
         add: input's shape, dtype and device; added before the norm, and the sum is returned too.
@@ -370,6 +384,10 @@ def layer_norm(
     Source: Ba, Kiros & Hinton 2016 (arXiv 1607.06450), equation 4; over the channels: Liu et al.
     2022 (arXiv 2201.03545).
     """
+    if has_torch_function_variadic(input, weight, bias, mask, add) or (
+        isinstance(input, Tensor) and input.is_nested
+    ):
+        return overridden(layer_norm, locals())
     return _row_norm(
         "layer_norm", input, normalized_shape, weight, bias, eps, channels_first, mask, add, act
     )
@@ -399,6 +417,10 @@ def rms_norm(
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4; 1 + weight: as in Gemma (arXiv
     2403.08295) and its reference implementation.
     """
+    if has_torch_function_variadic(input, weight, bias, mask, add) or (
+        isinstance(input, Tensor) and input.is_nested
+    ):
+        return overridden(rms_norm, locals())
     if zero_centered_weight and weight is not None:
         weight = 1 + weight.to(compute_dtype(weight.dtype))
     if eps is None:
@@ -418,6 +440,9 @@ for _name in (
     "rms_norm",
 ):
     torch.fx.wrap(_name)
+
+for _function in (instance_norm, group_norm, layer_norm, rms_norm):
+    implements_per_sample_grads(_function)(PerSample)
 
 
 def _row_norm(
@@ -596,9 +621,9 @@ def _by_running(
     if aten.exporting() and mask is None:
         inputs = Inputs(input, affine.weight, affine.bias, residual)
         return aten.by_running(spec, inputs, running_mean, running_var)
-    if autograd.plain() and recompute.idle():
-        mean, var = state.read(running_mean).detach(), state.read(running_var).detach()
-    else:
+    mean, var = state.read(running_mean), state.read(running_var)
+    constant = not (mean.requires_grad or var.requires_grad)
+    if constant and not (autograd.plain() and recompute.idle()):
         mean, var = recompute.remember(
             lambda: statistics.given(running_mean, running_var), moves=False
         )

@@ -285,6 +285,8 @@ class _BatchLayer(_Norm, _BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if local_metadata.get("frozen", False):
             self.frozen = True
+        if self.micro_batches > 1 and self.pending_n.device != self._need_running("load").device:
+            self.accumulate(self.micro_batches)  # loaded with assign=True
 
     def extra_repr(self) -> str:
         own = ", frozen=True" if self.frozen else ""

@@ -9,6 +9,7 @@ and the older ones of hooks (`weight_g`, `weight_v`; `weight_orig`, `weight_u`, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, TypeVar
 
@@ -249,8 +250,7 @@ class _SpectralNorm(_Reparametrization):
         self.register_buffer("_v", v.to(weight.dtype))
 
     def forward(self, weight: Tensor) -> Tensor:
-        # Autocast would take the products, and so the estimate, down to its dtype.
-        with torch.autocast(weight.device.type, enabled=False):
+        with _without_autocast(weight.device):
             matrix = self._matrix(wide(weight))
             vectors = functools.partial(self._vectors, matrix)
             u, v = recompute.remember(vectors, moves=self.training)
@@ -286,6 +286,14 @@ class _WeightStandardization(_Reparametrization):
         standard = functional.layer_norm(rows, rows.shape[1:], eps=self.eps)
         assert isinstance(standard, Tensor)
         return _by_output(standard, self.groups)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast would take products, and so an estimate, down to its dtype."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _transposed_groups(layer: nn.Module) -> int | None:

@@ -10,7 +10,9 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from normkit.formula.checks import NESTED
 from normkit.formula.moments import Moments
+from normkit.formula.spec import float64, has_float64
 from normkit.layers import _Norm
 from normkit.runtime.sync import gathered
 
@@ -26,7 +28,8 @@ class Standardize(_Norm):
 
     mean, std (float64) and count (int64) of that shape are buffers, saved with the model. They
     stay float64 when the model is cast, since a mean may need more digits than the network: x is
-    shifted and scaled in float64, y has x's floating dtype (the default one for integers).
+    shifted and scaled in float64, y has x's floating dtype (the default one for integers). On a
+    device without float64 (mps) they stay on the CPU, and x is shifted in two steps instead.
     Training and evaluation are the same. A constant feature has std 1, so that it comes out as 0:
     it is shifted, not scaled, and `fit` warns of it.
 
@@ -64,9 +67,10 @@ class Standardize(_Norm):
                 f"Standardize: shape must name at least one axis of at least 1, got {shape}"
             )
         self.channels_first, self.ignore_nan = channels_first, ignore_nan
-        wide = {"dtype": torch.float64, "device": device}
-        self.register_buffer("mean", torch.zeros(self.shape, **wide))
-        self.register_buffer("std", torch.ones(self.shape, **wide))
+        device = torch.get_default_device() if device is None else torch.device(device)
+        home = device if has_float64(device) else "cpu"
+        self.register_buffer("mean", torch.zeros(self.shape, dtype=torch.float64, device=home))
+        self.register_buffer("std", torch.ones(self.shape, dtype=torch.float64, device=home))
         self.register_buffer("count", torch.zeros(self.shape, dtype=torch.int64, device=device))
         self._fitted = False
 
@@ -175,17 +179,22 @@ class Standardize(_Norm):
             raise RuntimeError(f"{self}: used before fit; call fit(data) or load a state dict")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardize:
-        before = {name: getattr(self, name) for name in ("mean", "std")}
-        super()._apply(fn, recurse)
-        for name, statistic in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != statistic.dtype:
-                setattr(self, name, statistic.to(moved.device))
+        """Casts leave the statistics alone; they go along to devices that have float64."""
+
+        def apply(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return fn(tensor)
+            if not has_float64(fn(tensor.new_empty(0, dtype=torch.float32)).device):
+                return tensor.cpu()
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(apply, recurse)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._fitted = bool((self.count > 0).all())
+        self._fitted = not self.count.is_meta and bool((self.count > 0).all())
 
 
 def _moments(x: Tensor, shape: tuple[int, ...], channels_first: bool, ignore_nan: bool) -> Moments:
@@ -194,7 +203,7 @@ def _moments(x: Tensor, shape: tuple[int, ...], channels_first: bool, ignore_nan
     spread = [1 if i in axes else n for i, n in enumerate(x.shape)]
     if x.isinf().any():
         raise ValueError("infinite values in the data; a mean and a std need finite ones")
-    x = x.double()
+    x = float64(x)
     valid = ~x.isnan()
     count = valid.sum(axes)
     missing = count < x.numel() // count.numel()
@@ -213,12 +222,29 @@ def _moments(x: Tensor, shape: tuple[int, ...], channels_first: bool, ignore_nan
 
 def _standardize(x: Tensor, mean: Tensor, std: Tensor, channels_first: bool) -> Tensor:
     mean, std = (_spread(s, x, channels_first) for s in (mean, std))
-    return ((x.double() - mean) / std).to(_floating(x))
+    if mean.device == x.device or has_float64(x.device):
+        return ((x.double() - mean) / std).to(_floating(x))
+    wide, head, rest = _halves(x, mean)
+    return (((wide - head).float() - rest) / std.float().to(x.device)).to(_floating(x))
 
 
 def _restore(x: Tensor, mean: Tensor, std: Tensor, channels_first: bool) -> Tensor:
     mean, std = (_spread(s, x, channels_first) for s in (mean, std))
-    return (x.double() * std + mean).to(_floating(x))
+    if mean.device == x.device or has_float64(x.device):
+        return (x.double() * std + mean).to(_floating(x))
+    wide, head, rest = _halves(x.to(_floating(x)), mean)
+    return (wide * std.float().to(x.device) + rest + head).to(_floating(x))
+
+
+def _halves(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x, the mean in x's arithmetic, and what that leaves of it, where x's device has no float64.
+
+    x - head - rest keeps the digits that x - mean has in float64.
+    """
+    wide = x.float() if x.is_floating_point() else x.long()
+    head = (mean if x.is_floating_point() else mean.round()).to(wide.dtype)
+    rest = (mean - head.double()).float()
+    return wide, head.to(x.device), rest.to(x.device)
 
 
 for _name in ("_standardize", "_restore"):
@@ -230,6 +256,8 @@ def _first_axis(x: Tensor, shape: tuple[int, ...], channels_first: bool) -> int:
     if not isinstance(x, Tensor) or x.is_complex() or x.dtype == torch.bool:
         met = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"expected a tensor of real numbers, got {met}")
+    if x.is_nested:
+        raise TypeError(NESTED)
     first = 1 if channels_first else x.dim() - len(shape)
     if first < 1 or tuple(x.shape[first : first + len(shape)]) != shape:
         sizes = ", ".join(map(str, shape))

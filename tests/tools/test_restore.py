@@ -227,12 +227,10 @@ def test_a_criterions_gradients_and_statistics_are_not_touched(wrapped):
 
 
 def test_a_failure_after_the_swap_of_fix_undoes_it():
-    from planted import hot, shifted
-
     net, reads = healthy(), []
     with torch.no_grad():
-        shifted(net)
-        hot(net)
+        net[1].running_mean.add_(2 * net[1].running_var.sqrt())
+        net[0].weight.mul_(1e19)
     before = state_of(net)
 
     class Data:

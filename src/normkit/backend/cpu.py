@@ -13,7 +13,7 @@ from torch import Tensor
 from normkit.backend.layout import DTYPES, contiguous, dense, dense_mask, like
 from normkit.backend.layout import dense_inputs as dense_inputs
 from normkit.backend.protocol import Gradients, Normalized, Sums
-from normkit.formula.spec import ACTS, Inputs, Spec, compute_dtype
+from normkit.formula.spec import ACTS, Inputs, Spec, compute_dtype, is_wrapper
 
 DEVICE = "cpu"
 _SUMMED = {"ns": 0, "s": 1, "ks": 2, "k": 3}
@@ -33,6 +33,7 @@ def available() -> str | None:
     except OSError as error:
         return f"the C++ core can't be loaded: {error}"
     _register_shapes()
+    _register_zeros()
     try:
         instructions()
     except RuntimeError as error:
@@ -50,6 +51,8 @@ def why_not(spec: Spec, inputs: Inputs) -> str | None:
     x, weight, bias = inputs.x, inputs.weight, inputs.bias
     if spec.conditional:
         return "weight or bias is given per sample"
+    if is_wrapper(x):
+        return f"x is a {type(x).__name__}, which has rules for torch's operators alone"
     if not x.is_cpu:
         return f"x is on {x.device}"
     if x.dtype not in DTYPES:
@@ -97,7 +100,7 @@ def move(
     unbias: float,
 ) -> bool:
     """Move running averages towards a batch's moments in place; False where it can't."""
-    if not (running_mean.is_cpu and available() is None):
+    if not (running_mean.is_cpu and available() is None) or is_wrapper(running_mean):
         return False
     if not all(t.dtype in DTYPES and t.is_contiguous() for t in (running_mean, running_var)):
         return False
@@ -227,3 +230,17 @@ def _register_shapes() -> None:
     @torch.library.register_fake("normkit::sums")
     def _(dy, x, *others):  # type: ignore[no-untyped-def]
         return x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+
+_zeros = torch.library.Library("normkit", "IMPL")
+
+
+def _register_zeros() -> None:
+    """Tensors that torch knows to be zero, and allocates no memory for, become ordinary ones."""
+    for name in ("normalize", "output", "add_normalize", "normalize_backward", "moments", "sums"):
+        _zeros.impl(name, functools.partial(_with_memory, name), "ZeroTensor")
+
+
+def _with_memory(name: str, *args: Any) -> Any:
+    own = [t.clone() if isinstance(t, Tensor) and t._is_zerotensor() else t for t in args]
+    return getattr(torch.ops.normkit, name).default(*own)

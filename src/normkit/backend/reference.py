@@ -245,7 +245,7 @@ def _gradients(spec: Spec, inputs: Inputs, dy: Tensor) -> tuple[Tensor, Tensor, 
 def _parameter_gradient(spec: Spec, parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
     if parameter is None:
         return None
-    if spec.conditional:
+    if spec.conditional or spec.pool.trailing:
         return spec.pool.unview(gradient).sum_to_size(parameter.shape).to(parameter.dtype)
     total = gradient.sum(spec.pool.affine_axes(gradient.dim()))
     return total.reshape(parameter.shape).to(parameter.dtype)

@@ -21,7 +21,7 @@ from normkit.backend.layout import DTYPES, contiguous, dense, dense_mask, like
 from normkit.backend.layout import dense_inputs as dense_inputs
 from normkit.backend.protocol import Gradients, Normalized, Sums
 from normkit.backend.triton_plan import WARPS_PER_SM, covers, geometry, launch, power_of_two, shared
-from normkit.formula.spec import Inputs, Spec, compute_dtype
+from normkit.formula.spec import Inputs, Spec, compute_dtype, is_wrapper
 
 DEVICE = "cuda"
 FUSION = {"enable_fp_fusion": True}
@@ -55,6 +55,8 @@ def why_not(spec: Spec, inputs: Inputs) -> str | None:
     x = inputs.x
     if spec.conditional:
         return "weight or bias is given per sample"
+    if is_wrapper(x):
+        return f"x is a {type(x).__name__}, which has rules for torch's operators alone"
     if x.device.type != DEVICE:
         return f"x is on {x.device}"
     if (met := _capability(x.device)) < OLDEST:

@@ -7,8 +7,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from normkit.formula.spec import check_momentum
+
+NESTED = (
+    "expected a dense tensor, got a nested one, which only LayerNorm and RMSNorm over the last "
+    "axes take; pad it, as by to_padded_tensor, and give a mask"
+)
 
 
 def check_groups(groups: int, channels: int) -> None:
@@ -36,6 +42,8 @@ def check_normalized_shape(
 def check_input(x: Tensor, rank: int, shape: str, ranks: tuple[int, ...] | None = None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a tensor as input, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(NESTED)
     if not x.is_floating_point():
         raise TypeError(
             f"expected a floating-point input, got {x.dtype}; convert it, as by .float()"
@@ -55,13 +63,17 @@ def check_batch(
     running_var: Tensor | None,
     momentum: float | None,
     ranks: tuple[int, ...] | None,
+    *,
+    moving: bool,
 ) -> None:
     check_input(x, 2, "(N, C, *)", ranks)
-    check_running(x, running_mean, running_var)
+    check_running(x, running_mean, running_var, moving=moving)
     check_momentum(momentum)
 
 
-def check_running(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+def check_running(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *, moving: bool
+) -> None:
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together: give both or neither")
     for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
@@ -69,6 +81,18 @@ def check_running(x: Tensor, running_mean: Tensor | None, running_var: Tensor | 
             raise ValueError(channels_disagree(name, buffer, x))
         if buffer is not None:
             check_device(name, buffer, x)
+            if moving and _is_differentiated(buffer):
+                raise ValueError(
+                    f"{name} is differentiated, but training moves it in steps that have no "
+                    "derivative; detach() it, or use it in evaluation, where it has one"
+                )
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    """Whether a gradient or, in forward mode, a tangent is asked of it."""
+    if tensor.requires_grad:
+        return torch.is_grad_enabled()
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def check_batch_statistics(
@@ -134,6 +158,8 @@ def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
 def check_like(name: str, tensor: Tensor, x: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor like the input, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor as the input is, got a nested one")
     for what in ("shape", "dtype", "device"):
         met, expected = getattr(tensor, what), getattr(x, what)
         if met != expected:

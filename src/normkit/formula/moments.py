@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from normkit.formula.spec import float64
+
 
 @dataclass
 class Moments:
@@ -19,12 +21,12 @@ class Moments:
     @staticmethod
     def of(x: Tensor, mask: Tensor | None = None) -> Moments:
         """The moments of each channel of (N, C, *), of the elements where mask is True."""
-        rows = x.detach().movedim(1, 0).flatten(1).double()
+        rows = float64(x.detach()).movedim(1, 0).flatten(1)
         if mask is None:
             count = torch.full_like(rows[:, 0:1].sum(1), rows.shape[1])
             mean = rows.sum(1) / count.clamp(min=1)
             return Moments(count, mean, (rows - mean[:, None]).square().sum(1))
-        held = mask.expand(x.shape).movedim(1, 0).flatten(1)
+        held = mask.to(rows.device).expand(x.shape).movedim(1, 0).flatten(1)
         count = held.sum(1).double()
         mean = rows.where(held, 0).sum(1) / count.clamp(min=1)
         return Moments(count, mean, (rows - mean[:, None]).where(held, 0).square().sum(1))

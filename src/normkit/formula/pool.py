@@ -40,16 +40,22 @@ class Pool:
         """x as ``(n, g, k, *s)`` for group pools, ``(b, n, k, *s)`` for ghosts; else x itself."""
         if self.summed == "ks":
             assert self.groups is not None
-            return x.unflatten(1, (self.groups, x.shape[1] // self.groups))
+            n, c, *positions = x.shape
+            return x.reshape(n, self.groups, c // self.groups, *positions)
         if self.ghosts is not None:
-            return x.unflatten(0, (self.ghosts, x.shape[0] // self.ghosts))
+            n, *channels = x.shape
+            return x.reshape(self.ghosts, n // self.ghosts, *channels)
         return x
 
     def unview(self, x: Tensor) -> Tensor:
         """Undo `view`."""
         if self.summed == "ks":
-            return x.flatten(1, 2)
-        return x if self.ghosts is None else x.flatten(0, 1)
+            n, g, k, *positions = x.shape
+            return x.reshape(n, g * k, *positions)
+        if self.ghosts is not None:
+            b, n, *channels = x.shape
+            return x.reshape(b * n, *channels)
+        return x
 
     def axes(self, ndim: int) -> tuple[int, ...]:
         """The pooled axes of a view with `ndim` axes."""
@@ -77,9 +83,7 @@ class Pool:
         return parameter.reshape(-1, *[1] * (ndim - (2 if self.ghosts is None else 3)))
 
     def affine_axes(self, ndim: int) -> tuple[int, ...]:
-        """The axes of a view over which a gradient of weight or bias is summed."""
-        if self.trailing:
-            return tuple(range(ndim - self.trailing))
+        """The axes of a view over which a gradient of weight or bias, (C,), is summed."""
         if self.ghosts is not None:
             return (0, 1, *range(3, ndim))
         return (0, *range(3 if self.summed == "ks" else 2, ndim))

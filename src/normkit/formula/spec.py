@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from normkit.formula.pool import Pool
 
@@ -62,6 +64,26 @@ class Inputs(NamedTuple):
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the statistics of x: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_wrapper(x: Tensor) -> bool:
+    """Whether x holds tensors of its own and has a rule for each operator, as a DTensor."""
+    return type(x) is not Tensor and is_traceable_wrapper_subclass(x)
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has float64, which Apple's (mps) hasn't."""
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
+
+
+def float64(x: Tensor) -> Tensor:
+    """x in float64, on the CPU where its own device has none."""
+    return (x if has_float64(x.device) else x.cpu()).double()
 
 
 def check_eps(eps: float) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
@@ -23,9 +24,9 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> Normalized:
 
     Only y and x + add are differentiable.
     Under torch.compile a graph holds the C++ core's operator where that is kept, else the reference
-    formula; under export, torch's own operators, unless the statistics are tracked. A Function
-    inside two forward-mode transforms loses the outer tangent without a word, so there too the
-    formula itself runs.
+    formula; under export, torch's own operators, unless the statistics are tracked. The formula
+    itself runs, too, in the transforms that Functions don't fit, and where statistics that are
+    given are differentiated, by which no Function here has a derivative.
     """
     if not plain():
         if inputs.add is not None:
@@ -37,12 +38,14 @@ def normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> Normalized:
             return aten.normalize(spec, inputs)
         if _compiled() and backend.kept_by_compilers(spec, inputs):
             return Normalized(*_CompiledNormalize.apply(spec, *inputs))
-        if torch.compiler.is_compiling() or _forward_over_forward():
-            y, *statistics = _without_total(reference.normalize(spec, inputs))
-            return Normalized(y, *(s.detach() for s in statistics))
+        if torch.compiler.is_compiling() or spec.given or _by_formula_alone():
+            return _by_formula(spec, inputs)
         return Normalized(*_TransformedNormalize.apply(spec, *inputs))
     verbs = backend.choose(spec, inputs)
     if _differentiated(inputs):
+        mean, var = inputs.mean, inputs.var
+        if mean is not None and var is not None and (mean.requires_grad or var.requires_grad):
+            return _by_formula(spec, inputs)
         inputs, found = verbs.dense_inputs(spec, inputs), list[Tensor]()
         differentiable = (inputs.x, inputs.weight, inputs.bias, inputs.residual, inputs.add)
         y, *total = _Normalize.apply(spec, inputs, verbs, found, *differentiable)
@@ -67,6 +70,11 @@ def _by_inputs(before: int, gradients: Gradients) -> tuple[Tensor | None, ...]:
     return (*(None,) * before, *gradients, *(None,) * rest)
 
 
+def _by_formula(spec: Spec, inputs: Inputs) -> Normalized:
+    y, *statistics = _without_total(reference.normalize(spec, inputs))
+    return Normalized(y, *(s.detach() for s in statistics))
+
+
 def _differentiated(inputs: Inputs) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
@@ -86,11 +94,15 @@ def _transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def _forward_over_forward() -> bool:
+def _by_formula_alone() -> bool:
+    """Forward mode inside forward mode, or functionalization, is at work.
+
+    A Function loses the outer tangent without a word in the first, and has no rule in the second.
+    """
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False
-    stack = retrieve_all_functorch_interpreters()
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
+    transforms = [level.key() for level in retrieve_all_functorch_interpreters()]
+    return transforms.count(TransformType.Jvp) > 1 or TransformType.Functionalize in transforms
 
 
 def _save(ctx: Any, spec: Spec, inputs: Inputs, outputs: Normalized) -> None:
@@ -121,9 +133,12 @@ def _backward(
     if dy is None:
         return Gradients(dtotal)
     spec, inputs = ctx.spec, _saved(ctx)
-    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
+    batched = is_legacy_batchedtensor(dy) or (
+        dtotal is not None and is_legacy_batchedtensor(dtotal)
+    )
+    if batched or torch.is_grad_enabled() or _transformed():
         # Someone differentiates this backward, so the statistics must be functions of x again; or
-        # there are many gradients at once (`is_grads_batched`), which only torch's operators take.
+        # there are many gradients at once, which only torch's operators take.
         again = inputs if spec.given else inputs._replace(mean=None, rstd=None)
         gradients = reference.normalize_backward(spec, again, dy, dtotal)
     else:
@@ -227,6 +242,11 @@ class _NormalizeMerged(torch.autograd.Function):
         verbs: Backend
         if dy is None:
             dy = torch.zeros_like(inputs.x)
+        if _transformed() or is_legacy_batchedtensor(dy):
+            raise RuntimeError(
+                "a synchronized batch norm takes one gradient at a time, got many, or a tangent, "
+                "which ranks can't exchange; call backward for each, or desynchronize() the layer"
+            )
         if torch.is_grad_enabled():
             # Someone differentiates this backward: the statistics must be functions of x again.
             x, verbs = inputs.x, reference
@@ -328,13 +348,16 @@ class _TransformedNormalize(torch.autograd.Function):
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], spec: Spec, *tensors: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         def one(*one_of_each: Tensor | None) -> tuple[Tensor, ...]:
             outputs = reference.normalize(spec, Inputs(*one_of_each))  # type: ignore[arg-type]
             return _without_total(outputs)
 
-        batched = torch.vmap(one, in_dims[1:], 0, randomness=info.randomness)
-        return batched(*tensors), (0, 0, 0, 0)
+        of_tensors = in_dims[1:]
+        of_x = Inputs(*of_tensors).x, Inputs(*of_tensors).mask  # type: ignore[arg-type]
+        of_statistics = None if of_x == (None, None) else 0
+        out_dims: Any = (0, of_statistics, of_statistics, of_statistics)
+        return torch.vmap(one, of_tensors, out_dims, randomness=info.randomness)(*tensors), out_dims
 
 
 def _laid_out_like(dy: Tensor, x: Tensor) -> Tensor:

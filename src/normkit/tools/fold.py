@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normkit.formula.spec import float64
 from normkit.tools.flow import LINEAR, Flow, Op
 from normkit.tools.model import (
     Forward,
@@ -286,11 +287,11 @@ def _epilogue(norm: nn.Module | None) -> nn.Module | None:
 def _constants(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """a and s of y = a x + s, in float64."""
     m: Any = norm
-    a = (m.running_var.double() + m.eps).rsqrt()
+    a = (float64(m.running_var) + m.eps).rsqrt()
     if m.weight is not None:
-        a = a * m.weight.double()
-    s = -m.running_mean.double() * a
-    return a, s if m.bias is None else s + m.bias.double()
+        a = a * float64(m.weight)
+    s = -float64(m.running_mean) * a
+    return a, s if m.bias is None else s + float64(m.bias)
 
 
 @torch.no_grad()
@@ -299,7 +300,7 @@ def _folded(pair: _Pair) -> tuple[Tensor, Tensor]:
     linear: Any = pair.linear.module
     assert pair.norm.module is not None
     a, s = _constants(pair.norm.module)
-    w = linear.weight.double()
+    w = float64(linear.weight)
     groups = getattr(linear, "groups", 1)
     # (g, in or out of a group, out or in of a group, *kernel); transposed ones hold in first.
     w = w.unflatten(0, (groups, -1))
@@ -308,14 +309,14 @@ def _folded(pair: _Pair) -> tuple[Tensor, Tensor]:
     along = [1] * w.dim()
     along[0], along[channels] = groups, -1
     out = w.shape[0] * w.shape[outer]
-    b = a.new_zeros(out) if linear.bias is None else linear.bias.double()
+    b = a.new_zeros(out) if linear.bias is None else float64(linear.bias)
     if pair.after:
         b = a * b + s
     else:
         shifted = (w * s.reshape(along)).flatten(3).sum(-1) if w.dim() > 3 else w * s.reshape(along)
         b = b + shifted.sum(inner).flatten()
     w = (w * a.reshape(along)).flatten(0, 1)
-    return w.to(linear.weight.dtype), b.to(linear.weight.dtype)
+    return w.to(linear.weight), b.to(linear.weight)
 
 
 def _put(model: nn.Module, pair: _Pair) -> None:

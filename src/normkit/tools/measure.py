@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from normkit.formula.spec import float64
 from normkit.tools.flow import Flow, Op
 from normkit.tools.norms import Norm, is_norm, is_synchronized, read
 from normkit.tools.spread import Spread
@@ -191,7 +192,7 @@ def measure(
 
     def see_samples(name: str, x: Tensor, _: Any, __: bool) -> None:
         layer = every[name]
-        x = _channels_first(layer, x).double()
+        x = float64(_channels_first(layer, x))
         assert layer.input.all is not None
         each = x.reshape(*x.shape[:2], -1)
         square = (each - layer.input.all.mean[:, None]).square().mean(2)
@@ -411,5 +412,5 @@ def _padding(x: Tensor) -> float | None:
 
 def _thinned(x: Tensor) -> list[float]:
     flat = x.flatten()
-    values = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].double()
+    values = float64(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES])
     return values[values.isfinite()].tolist()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from normkit.formula.spec import float64
 from normkit.tools.restore import preserved
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -159,4 +160,4 @@ def outputs(model: nn.Module, example: Any, run: Forward) -> list[Tensor]:
 def largest(before: list[Tensor], after: list[Tensor] | None = None) -> float:
     """The largest difference of two sets of outputs, or the largest value of one."""
     pairs = zip(before, after or [y.new_zeros(()) for y in before], strict=True)
-    return max((float((a.double() - b.double()).abs().max()) for a, b in pairs), default=0.0)
+    return max((float((float64(a) - float64(b)).abs().max()) for a, b in pairs), default=0.0)

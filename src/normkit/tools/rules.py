@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normkit.formula.spec import float64
 from normkit.tools.findings import Finding
 from normkit.tools.flow import LINEAR, Op
 from normkit.tools.measure import Facts, Layer, input_spread
@@ -1050,7 +1051,7 @@ def _preparation(wanted: list[Any], given: list[Any]) -> tuple[float, float] | N
         inputs = [x for x in map(input_of, batches) if x is not None]
         if not inputs:
             return None
-        every = torch.cat([x.flatten() for x in inputs]).double()
+        every = float64(torch.cat([x.flatten() for x in inputs]))
         ends.append((float(every.mean()), float(every.std())))
     (mean, deviation), (other, spread) = ends
     if not (math.isfinite(spread) and spread > 0):
@@ -1097,7 +1098,7 @@ def _rescaled(facts: Facts, threshold: float = _FAR) -> _Rescaling | None:
     assert zero.all is not None
     assert one.all is not None
     assert layer.input.all is not None
-    mean, var = (t.double() for t in layer.running)
+    mean, var = (float64(t) for t in layer.running)
     own = layer.input.all
     varies = (own.variance > layer.eps) & (var > layer.eps) & mean.isfinite() & var.isfinite()
     if varies.sum() < 3:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from normkit.formula.spec import float64
 from normkit.tools.model import Forward, all_off
 from normkit.tools.norms import is_frozen, is_norm
 
@@ -291,7 +292,7 @@ def distance(a: list[list[Tensor]], b: list[list[Tensor]]) -> float:
             return math.inf
         if not finite(ours):
             continue
-        pairs = [(x.double(), y.double()) for x, y in zip(ours, theirs, strict=True)]
+        pairs = [(float64(x), float64(y)) for x, y in zip(ours, theirs, strict=True)]
         difference = sum(float((x - y).square().sum()) for x, y in pairs)
         scale = max(_deviation(ours), _deviation(theirs))
         found.append(math.sqrt(difference / scale) if scale else 0.0)
@@ -304,5 +305,5 @@ def finite(tensors: Any) -> bool:
 
 
 def _deviation(tensors: Any) -> float:
-    every = torch.cat([t.flatten().double() for t in tensors])
+    every = torch.cat([float64(t.flatten()) for t in tensors])
     return float((every - every.mean()).square().sum())
