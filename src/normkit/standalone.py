@@ -15,7 +15,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from normkit.backend.reference import wide
-from normkit.formula.checks import check_input
+from normkit.formula.checks import check_floating, check_input
 from normkit.formula.spec import check_eps
 from normkit.layers import _Norm
 
@@ -198,6 +198,7 @@ def _dyt(
     input: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, channels_first: bool
 ) -> Tensor:
     check_input(input, 2 if channels_first else 1, "(N, C, *)" if channels_first else "(*, C)")
+    check_floating("alpha", alpha)
     spread = _Spread(input, weight, 1 if channels_first else -1)
     y = torch.tanh(wide(alpha) * wide(input)) * spread(weight) + spread(bias)
     return y.to(input.dtype)
@@ -252,4 +253,5 @@ class _Spread:
         self.shape[axis] = -1
 
     def __call__(self, parameter: Tensor) -> Tensor:
+        check_floating("every parameter", parameter)
         return wide(parameter).reshape(self.shape)

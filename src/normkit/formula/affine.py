@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normkit.formula.checks import channels_disagree, check_device
+from normkit.formula.checks import channels_disagree, check_device, check_floating
 from normkit.formula.pool import Pool
 
 
@@ -64,9 +64,7 @@ def _is_plain(
     """Whether all samples share the parameter; an error where it fits neither all nor each."""
     if parameter is None:
         return True
-    if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
-        met = parameter.dtype if isinstance(parameter, Tensor) else type(parameter).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {met}")
+    check_floating(name, parameter)
     check_device(name, parameter, x)
     if parameter.shape == plain:
         return True

@@ -68,6 +68,7 @@ def check_running(x: Tensor, running_mean: Tensor | None, running_var: Tensor | 
         if buffer is not None and tuple(buffer.shape) != (x.shape[1],):
             raise ValueError(channels_disagree(name, buffer, x))
         if buffer is not None:
+            check_floating(name, buffer)
             check_device(name, buffer, x)
 
 
@@ -129,6 +130,12 @@ def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
         raise ValueError(
             f"{name} is on {tensor.device}, the input on {x.device}; move one to the other by .to()"
         )
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        met = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {met}")
 
 
 def check_like(name: str, tensor: Tensor, x: Tensor) -> None:
