@@ -708,7 +708,7 @@ def test_a_subgroup_merges_its_own_and_a_group_of_one_is_batch_norm_to_the_bit(r
         ("mask", ["rank 2: TypeError: mask must be a boolean tensor"]),
         ("gradient", ["rank 1: input gradient False; rank 2: input gradient True"]),
         ("momentum", ["rank 1: momentum 0.1; rank 2: momentum None"]),
-        ("one value", ["expected more than 1 value per channel when training, got 1 on all"]),
+        ("one value", ["Expected more than 1 value per channel when training, got 1 on all"]),
         ("not alone", ["rank 1: channels 6; rank 2: channels 7"]),
         ("other layers", ["rank 1: channels 4; rank 2: channels 5"]),
     ],

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from normkit.backend import aten
 from normkit.backend.protocol import Normalized
+from normkit.common.errors import InputError
 from normkit.formula.affine import NO_AFFINE, Affine
 from normkit.formula.checks import (
     check_batch,
@@ -274,7 +275,7 @@ def instance_norm(
             num_features=num_features,
         ).squeeze(0)
     if num_features is not None and input.shape[1] != num_features:
-        raise ValueError(
+        raise InputError(
             f"expected {num_features} channels, got {input.shape[1]} in input of shape "
             f"{tuple(input.shape)}"
         )
@@ -286,9 +287,10 @@ def instance_norm(
             *(input, running_mean, running_var, affine, eps, act), mask=mask, residual=residual
         )
     if math.prod(input.shape[2:]) == 1 and mask is None:
-        raise ValueError(
-            "expected more than 1 position per channel, got input of shape "
-            f"{tuple(input.shape)}, whose variance is 0; use larger inputs or another norm"
+        raise InputError(
+            "Expected more than 1 spatial element when training, got 1 position per channel in "
+            f"input of shape {tuple(input.shape)}, whose variance is 0; use larger inputs or "
+            "another norm"
         )
     spec = Spec(INSTANCE, eps, True, act, conditional=affine.conditional)
     inputs = Inputs(input, affine.weight, affine.bias, residual, mask)
@@ -322,12 +324,13 @@ def group_norm(
     """
     check_input(input, 2, "(N, C, *)")
     channels = input.shape[1]
-    check_groups(num_groups, channels)
+    num_groups = check_groups(num_groups, channels)
     affine = Affine.of(group(num_groups), input, (channels,), weight, bias)
     if math.prod(input.shape) == num_groups and mask is None:
-        raise ValueError(
-            f"expected more than 1 value per group, got input of shape {tuple(input.shape)} in "
-            f"{num_groups} groups; use fewer groups"
+        raise InputError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{tuple(input.shape)} in {num_groups} groups: 1 value per group, whose variance is 0; "
+            "use fewer groups"
         )
     if residual is not None:
         check_like("residual", residual, input)
@@ -441,7 +444,7 @@ def _row_norm(
         met = tuple(input.shape[-len(shape) :])
         pool = last(len(shape))
     if met != shape:
-        raise ValueError(
+        raise InputError(
             f"expected input with {'C = ' if channels_first else 'last sizes '}"
             f"{shape[0] if channels_first else shape}, got input of shape {tuple(input.shape)}"
         )
@@ -464,7 +467,7 @@ def _ghosts(samples: int, size: int) -> list[tuple[int, int]]:
 
     The larger ones come first.
     """
-    check_ghost_size(size)
+    size = check_ghost_size(size)
     ghosts = max(1, -(-samples // size))
     smaller, larger = samples // ghosts, samples % ghosts
     return [(n, k) for n, k in ((larger, smaller + 1), (ghosts - larger, smaller)) if n]
@@ -547,7 +550,7 @@ def _merged(
     batch = autograd.moments(spec, Inputs(x, mask=mask), merge, settings)
     if isinstance(batch.n, int) and batch.n == 1:
         raise RankError(
-            "expected more than 1 value per channel when training, got 1 on all ranks together, "
+            "Expected more than 1 value per channel when training, got 1 on all ranks together, "
             "whose variance is 0; use a larger batch, .eval(), or a norm that needs no batch "
             "(GroupNorm, LayerNorm)"
         )
@@ -588,7 +591,7 @@ def _by_running(
 ) -> Tensor:
     """y by the running statistics, as they were in the forward."""
     if running_mean is None or running_var is None:
-        raise ValueError(
+        raise InputError(
             "evaluation needs running_mean and running_var; pass them, or have the input's own "
             "statistics used (training=True of batch_norm, use_input_stats=True of instance_norm)"
         )

@@ -32,8 +32,8 @@ def weight_norm(layer: Layer, name: str = "weight") -> Layer:
 
     w = g * v / ||v||, for each output channel
 
-    g, one real value an output, is the parameter `layer.parametrizations.weight.original0`; v, of the
-    weight's shape, is `original1`. They start where w is the layer's weight. Both are new
+    g, one real value an output, is the parameter `layer.parametrizations.weight.original0`; v, of
+    the weight's shape, is `original1`. They start where w is the layer's weight. Both are new
     parameters: make the optimizer afterwards. The same in training and evaluation. For the paper's
     initialization by the first batch see `initialize_weight_norm`.
 
@@ -120,12 +120,12 @@ def spectral_norm(layer: Layer, name: str = "weight") -> Layer:
 
     v <- W^H u / ||W^H u||,  u <- W v / ||W v||,  w = W / Re(u^H W v)
 
-    W, real or complex, is seen as a matrix (outputs, everything else); for a grouped convolution, whose groups are
-    stacked so, the estimate bounds that of each group from above. In training one such power
-    iteration is made whenever the weight is read, so once in a forward; in evaluation u and v
-    stay. A recomputation by activation checkpointing reads those of its forward and moves none.
-    They are buffers; W is the parameter `layer.parametrizations.weight.original`, the same object
-    that the weight was. u and v start with 15 iterations from a random direction.
+    W, real or complex, is seen as a matrix (outputs, everything else); for a grouped convolution,
+    whose groups are stacked so, the estimate bounds that of each group from above. In training one
+    such power iteration is made whenever the weight is read, so once in a forward; in evaluation
+    u and v stay. A recomputation by activation checkpointing reads those of its forward and moves
+    none. They are buffers; W is the parameter `layer.parametrizations.weight.original`, the same
+    object that the weight was. u and v start with 15 iterations from a random direction.
 
     Args:
         layer: with a parameter `name` of two axes or more; it is changed in place.

@@ -10,6 +10,8 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from normkit.common.errors import InputError
+from normkit.formula.checks import check_shape
 from normkit.formula.moments import Moments
 from normkit.layers import _Norm
 from normkit.runtime.sync import gathered
@@ -58,11 +60,9 @@ class Standardize(_Norm):
         device: Any = None,
     ) -> None:
         super().__init__()
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        if not self.shape or any(n < 1 for n in self.shape):
-            raise ValueError(
-                f"Standardize: shape must name at least one axis of at least 1, got {shape}"
-            )
+        self.shape = check_shape("Standardize: shape", shape, 1)
+        if not self.shape:
+            raise ValueError("Standardize: shape must name at least one axis, got ()")
         self.channels_first, self.ignore_nan = channels_first, ignore_nan
         wide = {"dtype": torch.float64, "device": device}
         self.register_buffer("mean", torch.zeros(self.shape, **wide))
@@ -234,7 +234,7 @@ def _first_axis(x: Tensor, shape: tuple[int, ...], channels_first: bool) -> int:
     if first < 1 or tuple(x.shape[first : first + len(shape)]) != shape:
         sizes = ", ".join(map(str, shape))
         form = f"(N, {sizes}, *)" if channels_first else f"(N, *, {sizes})"
-        raise ValueError(f"expected input {form}, got shape {tuple(x.shape)}")
+        raise InputError(f"expected input {form}, got shape {tuple(x.shape)}")
     return first
 
 

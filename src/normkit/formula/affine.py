@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normkit.common.errors import InputError
 from normkit.formula.checks import channels_disagree, check_device, check_floating
 from normkit.formula.pool import Pool
 
@@ -74,9 +75,9 @@ def _is_plain(
         if all(m in (1, n) for m, n in zip(full.shape, x.shape, strict=True)):
             return False
     if not pool.trailing and parameter.dim() == 1:
-        raise ValueError(channels_disagree(name, parameter, x))
+        raise InputError(channels_disagree(name, parameter, x))
     per_sample = (x.shape[0], *plain)
-    raise ValueError(
+    raise InputError(
         f"expected {name} of shape {plain}, {per_sample} for one a sample, or {x.dim()} axes that "
         f"broadcast to the input's {tuple(x.shape)}, got {tuple(parameter.shape)}"
     )
