@@ -95,13 +95,5 @@ def create(name: str, num_features: int, **kwargs: Any) -> nn.Module:
 
 
 def arguments(layer: type[nn.Module]) -> list[str]:
-    """The names of a constructor's arguments, those included that it hands on by **kwargs."""
-    names: list[str] = []
-    for base in layer.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-            break
-    return names
+    """The names of a constructor's arguments."""
+    return list(inspect.signature(layer).parameters)
