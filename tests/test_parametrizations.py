@@ -565,3 +565,33 @@ def test_gradients_of_complex_weights(kind):
 def test_a_feature_norm_made_complex_is_refused(layer, says):
     with pytest.raises(TypeError, match=says):
         layer.to(torch.complex64)(torch.randn(2, 3, 4))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LSTM(4, 5, 2, bidirectional=True),
+        lambda: nn.LSTM(4, 5, proj_size=3, bias=False),
+        lambda: nn.GRU(4, 5, dropout=0.0),
+        lambda: nn.RNN(4, 5),
+    ],
+    ids=["LSTM, bidirectional", "LSTM, projected", "GRU", "RNN"],
+)
+def test_recurrent_layers_can_be_copied_and_go_on_learning(make, kind):
+    layer = KINDS[kind](KINDS[kind](make(), "weight_hh_l0"), "weight_ih_l0").eval()
+    x = torch.randn(3, 2, 4)
+    layer(x)[0].sum().backward()
+    averaged = torch.optim.swa_utils.AveragedModel(layer).module
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), averaged):
+        torch.testing.assert_close(copied(x)[0], layer(x)[0])
+        before = layer(x)[0].detach()
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        assert not torch.equal(copied(x)[0], before)
+        torch.testing.assert_close(layer(x)[0], before)
+        copied(x)[0].sum().backward()
+        assert copied.parametrizations.weight_hh_l0[0].training == layer.training
+        assert all(p.grad.abs().sum() > 0 for p in copied.parametrizations.parameters())

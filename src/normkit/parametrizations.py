@@ -365,7 +365,14 @@ def _reparametrizations(layer: nn.Module) -> dict[str, _Reparametrization]:
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     base = _base(self)
-    return _remake, (base, tuple(self.parametrizations)), base.__getstate__(self)  # type: ignore[arg-type]
+    state = dict(base.__getstate__(self))
+    if isinstance(self, nn.RNNBase):
+        # A list of the weights as last read, which torch brings up to date in the next forward;
+        # computed ones have a history, which can't be copied.
+        state["_flat_weights"] = [
+            w if w is None or w.is_leaf else w.detach() for w in self._flat_weights
+        ]
+    return _remake, (base, tuple(self.parametrizations)), state  # type: ignore[arg-type]
 
 
 def _remake(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
