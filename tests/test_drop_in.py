@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import quantize_fx
 
 import normkit
 from cases import CASES
@@ -385,3 +386,66 @@ def test_a_frozen_layer_whose_statistics_were_taken_away_says_so(norm):
     torch.func.replace_all_batch_norm_modules_(nn.Sequential(norm))
     with pytest.raises(ValueError, match="freeze needs running statistics"):
         norm(torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("prepare", ["prepare_fx", "prepare_qat_fx"])
+@pytest.mark.parametrize(
+    "norm",
+    [normkit.BatchNorm2d(4), normkit.BatchNorm(4, act="relu"), normkit.GroupNorm(2, 4)],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_quantization_by_tracing_names_the_remedy(norm, prepare):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), norm).train(prepare == "prepare_qat_fx")
+    mapping = torch.ao.quantization.get_default_qconfig_mapping()
+    with pytest.raises(RuntimeError, match=r'exact types.*swap\(model, to="torch"\)'):
+        getattr(quantize_fx, prepare)(net, mapping, (torch.randn(2, 3, 4, 4),))
+
+
+@pytest.mark.parametrize("names", [["0", "1"], ["0", "1", "2"], ["1", "2"]], ids="-".join)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_quantizations_fusion_names_the_remedy(names, training):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), normkit.BatchNorm2d(4), nn.ReLU()).train(training)
+    fuse = (
+        torch.ao.quantization.fuse_modules_qat if training else torch.ao.quantization.fuse_modules
+    )
+    with pytest.raises(RuntimeError, match=r'BatchNorm2d\(4.*swap\(model, to="torch"\)'):
+        fuse(net, names)
+
+
+@pytest.mark.filterwarnings("ignore:.*is exported in training mode")
+@pytest.mark.parametrize(
+    "norm",
+    [
+        normkit.BatchNorm2d(3),
+        normkit.BatchNorm(3, act="relu"),
+        normkit.BatchNorm2d(3, affine=False),
+    ],
+    ids=["BatchNorm2d", "act", "no affine"],
+)
+def test_a_graph_exported_for_training_holds_torchs_batch_norm(norm):
+    theirs, x = nn.BatchNorm2d(3, affine=norm.affine), torch.randn(4, 3, 5, 5)
+    graph = torch.export.export(norm, (x,)).module()
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert torch.ops.aten.batch_norm.default in targets
+    y = graph(x)
+    expected = theirs(x) if norm._act is None else theirs(x).relu()
+    torch.testing.assert_close(y, expected)
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(graph.get_buffer(name), buffer)
+
+
+def test_registries_by_exact_type_are_given_our_layers():
+    batch, group, own = object(), object(), object()
+    registry = {nn.BatchNorm1d: batch, nn.BatchNorm2d: batch, nn.GroupNorm: group}
+    registry[normkit.BatchRenorm] = own
+    normkit.register(registry)
+    assert registry[normkit.BatchNorm1d] is registry[normkit.BatchNorm2d] is batch
+    assert registry[normkit.BatchNorm] is registry[normkit.GhostBatchNorm] is batch
+    assert registry[normkit.GroupNorm] is group
+    assert registry[normkit.BatchRenorm] is own
+    assert normkit.LayerNorm not in registry
+    by_base = {nn.modules.batchnorm._BatchNorm: batch, nn.InstanceNorm2d: group}
+    normkit.register(by_base)
+    assert by_base[normkit.SyncBatchNorm] is by_base[normkit.BatchNorm3d] is batch
+    assert by_base[normkit.InstanceNorm] is group

@@ -115,6 +115,15 @@ def batch_norm(
         )
     merge = _of_several(merge)
     ghosts = [(1, input.shape[0])] if ghost_size is None else _ghosts(input.shape[0], ghost_size)
+    plain = ghost_size is None and merge is None and mask is None and pending is None
+    if plain and momentum is not None and aten.exporting():
+        check_batch_statistics(input, eps, mask, ghosts)
+        spec = Spec(BATCH, eps, True, act, conditional=affine.conditional)
+        inputs = Inputs(input, affine.weight, affine.bias, residual)
+        _check_elements(input, mask, residual)
+        if num_batches_tracked is not None:
+            state.write(num_batches_tracked, state.read(num_batches_tracked) + 1)
+        return aten.by_batch(spec, inputs, running_mean, running_var, momentum)
     if ghost_size is None and merge is not None:
         batch = _merged(merge, "batch", input, eps, mask, residual, momentum)
         y = _by_merged(merge, batch, input, affine, eps, act, mask, residual)

@@ -151,6 +151,7 @@ class _BatchLayer(_Norm, _BatchNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
+        readers.refuse_quantization(self, input)
         function, own = self._formula()
         running_mean, running_var = self.running_mean, self.running_var
         tracked = running_mean is not None and running_var is not None
@@ -648,6 +649,7 @@ class _InstanceLayer(_Norm, _InstanceNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
+        readers.refuse_quantization(self, input)
         if self.training and self.track_running_stats:
             self._warn_if_exported()
         unbatched = self.unbatched_rank
@@ -754,6 +756,7 @@ class GroupNorm(_Norm, nn.GroupNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
+        readers.refuse_quantization(self, input)
         try:
             return functional.group_norm(
                 input,
@@ -829,6 +832,7 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
 
         `weight` and `bias`, per sample or broadcasting to input, take the place of the layer's own.
         """
+        readers.refuse_quantization(self, input)
         try:
             return functional.layer_norm(
                 input,
@@ -949,4 +953,10 @@ readers.refuse_to_lose(
     "convert_sync_batchnorm",
     _lost_to_torchs_sync,
     "normkit.SyncBatchNorm.convert_sync_batchnorm keeps it",
+)
+readers.refuse_fusing(
+    (
+        *(BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d),
+        *(SyncBatchNorm, FrozenBatchNorm, GhostBatchNorm, BatchRenorm),
+    )
 )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
+import torch.fx
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def leave_to_forward(layer: nn.Module) -> None:
@@ -67,3 +69,33 @@ def refuse_to_lose(
     for module in tuple(sys.modules.values()):
         if getattr(module, "__dict__", {}).get(name) is original:
             setattr(module, name, checked)
+
+
+_QUANTIZATION = "torch.ao.quantization"
+_UNKNOWN = (
+    "torch's quantization knows layers by their exact types, and would leave this one as it is; "
+    'normkit.swap(model, to="torch") first'
+)
+
+
+def refuse_quantization(layer: nn.Module, input: Any) -> None:
+    """RuntimeError where `prepare_fx`, `prepare_qat_fx` or `fuse_fx` traces the layer."""
+    if isinstance(input, torch.fx.Proxy):
+        tracers = type(input.tracer).__mro__
+        if any(kind.__module__.startswith(_QUANTIZATION) for kind in tracers):
+            raise RuntimeError(f"{layer}: {_UNKNOWN}")
+
+
+def refuse_fusing(layers: Iterable[type[nn.Module]]) -> None:
+    """Have torch's `fuse_modules` raise RuntimeError for these batch norms."""
+
+    def refuse(is_qat: bool, *modules: nn.Module) -> NoReturn:
+        norm = next(module for module in modules if isinstance(module, _BatchNorm))
+        raise RuntimeError(f"{norm}: {_UNKNOWN}")
+
+    mappings = sys.modules.get(f"{_QUANTIZATION}.fuser_method_mappings")
+    known: dict[tuple[type, ...], Any] = getattr(mappings, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {})
+    for pattern in [p for p in known if any(issubclass(kind, _BatchNorm) for kind in p)]:
+        for layer in layers:
+            ours = tuple(layer if issubclass(kind, _BatchNorm) else kind for kind in pattern)
+            known.setdefault(ours, refuse)
