@@ -449,3 +449,74 @@ def test_registries_by_exact_type_are_given_our_layers():
     normkit.register(by_base)
     assert by_base[normkit.SyncBatchNorm] is by_base[normkit.BatchNorm3d] is batch
     assert by_base[normkit.InstanceNorm] is group
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda nn: nn.InstanceNorm3d(3), (3, 4, 5, 6)),
+        (lambda nn: nn.InstanceNorm(4, act="relu"), (2, 4, 5, 6)),
+        (lambda nn: nn.LayerNorm(6), (2, 3, 4, 6)),
+        (lambda nn: nn.LayerNorm((4, 6), act="relu"), (2, 3, 4, 6)),
+        (lambda nn: nn.LayerNorm((3, 4, 6)), (2, 3, 4, 6)),
+        (lambda nn: nn.LayerNorm(5), (2, 3, 4, 6, 5)),
+        (lambda nn: nn.RMSNorm(6), (2, 3, 4, 6)),
+    ],
+    ids=["unbatched", "batched", "last axis", "two axes", "a sample", "five axes", "rms"],
+)
+def test_channels_last_is_kept(make, shape, each_backend):
+    layer, memory_format = make(normkit), CHANNELS_LAST[len(shape)]
+    x = torch.randn(shape)
+    y = layer(x.contiguous(memory_format=memory_format))
+    torch.testing.assert_close(y, layer(x))
+    assert y.is_contiguous(memory_format=memory_format)
+
+
+def test_the_sum_beside_the_norm_keeps_channels_last_too():
+    x = torch.randn(2, 3, 4, 6).contiguous(memory_format=torch.channels_last)
+    y, total = normkit.RMSNorm(6)(x, add=x)
+    torch.testing.assert_close(total, 2 * x)
+    assert y.stride() == total.stride() == x.stride()
+
+
+HALF = {
+    "BatchNorm1d, momentum=None": (lambda nn: nn.BatchNorm1d(10, 1e-3, None), (4, 10)),
+    "BatchNorm1d of rows, momentum=None": (lambda nn: nn.BatchNorm1d(5, 1e-3, None), (4, 5, 3)),
+    "BatchNorm3d": (lambda nn: nn.BatchNorm3d(3, 1e-3, 0.7), (2, 3, 4, 4, 4)),
+    "LayerNorm of a large batch": (lambda nn: nn.LayerNorm(5, 1e-3), (128, 5, 5)),
+    "RMSNorm of a large batch": (lambda nn: nn.RMSNorm(5, 1e-3), (128, 5, 5)),
+    "GroupNorm": (lambda nn: nn.GroupNorm(3, 6, 1e-3), (4, 6, 5)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", HALF)
+def test_in_half_precision_ours_is_no_farther_from_float64_than_torchs(name, dtype, training):
+    """PyTorch's own cases, with randomized buffers and two forwards.
+
+    The rounding of a result to its dtype is common to both; the mean error leaves chance out.
+    """
+    make, shape = HALF[name]
+    errors = {"ours": [], "theirs": []}
+    for _ in range(8):
+        theirs = randomize(make(nn).train(training)).to(dtype)
+        ours, exact = make(normkit).to(dtype), make(nn).double()
+        ours.load_state_dict(theirs.state_dict())
+        exact.load_state_dict(theirs.state_dict())
+        batches = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in "ab"]
+        found = {}
+        for who, layer in (("ours", ours), ("theirs", theirs), ("exact", exact)):
+            layer.train(training)
+            tensors = []
+            for x, dy in batches:
+                wide = torch.float64 if who == "exact" else dtype
+                x = x.to(wide, copy=True).requires_grad_()
+                y = layer(x)
+                y.backward(dy.to(wide))
+                tensors += [y.detach(), x.grad]
+            tensors += [p.grad for p in layer.parameters()] + list(layer.buffers())
+            found[who] = torch.cat([t.double().flatten() for t in tensors])
+        for who, each in errors.items():
+            each.append((found[who] - found["exact"]).abs().mean())
+    assert torch.stack(errors["ours"]).mean() <= torch.stack(errors["theirs"]).mean() * 1.01

@@ -269,7 +269,7 @@ def instance_norm(
     """
     check_input(input, 2 if ranks else 3, "(N, C, *) with at least one position axis", ranks)
     if ranks and input.dim() == ranks[0]:
-        return instance_norm(
+        y = instance_norm(
             input.unsqueeze(0),
             running_mean,
             running_var,
@@ -282,7 +282,8 @@ def instance_norm(
             residual=_unsqueezed(residual),
             act=act,
             num_features=num_features,
-        ).squeeze(0)
+        )
+        return _laid_out_like(y.squeeze(0), input)
     if num_features is not None and input.shape[1] != num_features:
         raise InputError(
             f"expected {num_features} channels, got {input.shape[1]} in input of shape "
@@ -462,13 +463,16 @@ def _row_norm(
         check_like("add", add, input)
     spec = Spec(pool, eps, name == "layer_norm", act, conditional=affine.conditional)
     wide = _autocast(name, input)
+    total: Tensor | None
     if add is not None and wide is not input:
         total = input + add
         inputs = Inputs(_autocast(name, total), affine.weight, affine.bias, None, mask)
-        return _normalize(spec, inputs).y, total
-    inputs = Inputs(wide, affine.weight, affine.bias, None, mask, add)
-    outputs = _normalize(spec, inputs)
-    return outputs.y if outputs.total is None else (outputs.y, outputs.total)
+        y = _normalize(spec, inputs).y
+    else:
+        inputs = Inputs(wide, affine.weight, affine.bias, None, mask, add)
+        y, *_, total = _normalize(spec, inputs)
+    y = _laid_out_like(y, input)
+    return y if total is None else (y, _laid_out_like(total, input))
 
 
 def _ghosts(samples: int, size: int) -> list[tuple[int, int]]:
@@ -627,6 +631,14 @@ def _opened(step: Tensor, steps: tuple[int, int]) -> Tensor:
 def _normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> Normalized:
     _check_elements(inputs.x, inputs.mask, inputs.residual)
     return autograd.normalize(spec, inputs, tracked)
+
+
+def _laid_out_like(y: Tensor, x: Tensor) -> Tensor:
+    """y in x's memory format, where kernels know only that it isn't contiguous.
+
+    Under transforms a tensor doesn't say its format.
+    """
+    return y if x.is_contiguous() or not autograd.plain() else autograd.laid_out_like(y, x)
 
 
 def _unsqueezed(tensor: Tensor | None) -> Tensor | None:
