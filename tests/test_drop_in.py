@@ -102,7 +102,8 @@ def test_state_repr_and_copies_are_torchs(case):
         assert torch.equal(copied(x), ours(x))
 
 
-LAYERS = {n: t for n, t in vars(normkit).items() if isinstance(t, type) and issubclass(t, _Norm)}
+PUBLIC = {name: getattr(normkit, name) for name in normkit.__all__}
+LAYERS = {n: t for n, t in PUBLIC.items() if isinstance(t, type) and issubclass(t, _Norm)}
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if hasattr(nn, name)])
