@@ -95,3 +95,61 @@ def test_a_failing_update_leaves_the_counter_alone():
     with pytest.raises(ValueError, match="running_var is on meta, the input on cpu"):
         layer(X)
     assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda: normkit.BatchNorm1d(5)(X), lambda: nn.BatchNorm1d(5)(X)),
+        (lambda: normkit.BatchNorm1d(5).eval()(X), lambda: nn.BatchNorm1d(5).eval()(X)),
+        (lambda: normkit.GroupNorm(2, 4)(X), lambda: nn.GroupNorm(2, 4)(X)),
+        (lambda: normkit.LayerNorm(7)(X), lambda: nn.LayerNorm(7)(X)),
+        (lambda: normkit.RMSNorm((6, 4))(X), lambda: nn.RMSNorm((6, 4))(X)),
+        (lambda: F.group_norm(X, 4), lambda: nn.functional.group_norm(X, 4)),
+        (lambda: F.layer_norm(X, ()), lambda: nn.functional.layer_norm(X, ())),
+        (lambda: F.batch_norm(X), lambda: nn.functional.batch_norm(X, None, None)),
+        (
+            lambda: F.instance_norm(X, weight=torch.ones(5)),
+            lambda: nn.functional.instance_norm(X, weight=torch.ones(5)),
+        ),
+        (lambda: normkit.BatchNorm1d(6)(X.long()), lambda: nn.BatchNorm1d(6)(X.long())),
+        (lambda: normkit.LayerNorm(5)(X.long()), lambda: nn.LayerNorm(5)(X.long())),
+    ],
+    ids=[
+        *(
+            "channels",
+            "channels in evaluation",
+            "group channels",
+            "normalized shape",
+            "rms shape",
+        ),
+        *("groups", "no axes", "no statistics", "weight", "integers", "integers in layer norm"),
+    ],
+)
+def test_where_torch_raises_a_runtime_error_so_does_ours(ours, theirs):
+    with pytest.raises(RuntimeError):
+        theirs()
+    with pytest.raises(RuntimeError) as met:
+        ours()
+    assert isinstance(met.value, ValueError | TypeError)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda nn: nn.BatchNorm1d(6), (1, 6)),
+        (lambda nn: nn.BatchNorm2d(6), (1, 6, 1, 1)),
+        (lambda nn: nn.InstanceNorm1d(6), (4, 6, 1)),
+        (lambda nn: nn.InstanceNorm2d(6), (4, 6, 1, 1)),
+        (lambda nn: nn.GroupNorm(6, 6), (1, 6)),
+        (lambda nn: nn.BatchNorm3d(6), (1, 6, 2)),
+    ],
+    ids=["batch", "batch of one pixel", "instance", "instance of one pixel", "group", "rank"],
+)
+def test_the_words_of_torchs_errors_that_callers_look_for_are_in_ours(make, shape):
+    with pytest.raises(ValueError) as theirs:  # noqa: PT011
+        make(nn)(torch.randn(shape))
+    with pytest.raises(ValueError) as ours:  # noqa: PT011
+        make(normkit)(torch.randn(shape))
+    words = str(theirs.value).split(", got")[0]
+    assert words in str(ours.value)

@@ -125,3 +125,24 @@ def test_masked_calls_compile_whole_and_under_vmap(each_backend):
     torch.testing.assert_close(torch.vmap(call)(x, mask), each)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x[0], mask[0]), each[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        normkit.BatchNorm1d,
+        lambda *args, **kwargs: normkit.GhostBatchNorm(args[0], 4, **kwargs),
+        lambda *args, **kwargs: normkit.BatchNorm(*args, **kwargs).accumulate(2),
+    ],
+    ids=["BatchNorm1d", "GhostBatchNorm", "accumulating"],
+)
+@pytest.mark.parametrize("shape", [(0, 1), (3, 1, 0)], ids=["no samples", "no positions"])
+def test_a_batch_of_nothing_does_not_count_in_the_average_of_all_batches(make, shape):
+    layer = make(1, momentum=None)
+    layer(torch.zeros(shape))
+    layer(torch.zeros(shape))
+    layer(torch.tensor([[1.0], [3.0]]))
+    if isinstance(layer, normkit.BatchNorm) and layer.micro_batches > 1:
+        layer(torch.zeros(shape))
+    assert layer.running_mean == layer.running_var == 2
+    assert layer.num_batches_tracked == 1

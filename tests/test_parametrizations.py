@@ -509,3 +509,89 @@ def test_weights_without_direction_length_or_variance_are_refused():
     with pytest.raises(ValueError, match=r"eps.*-1"):
         P.weight_standardization(layer, eps=-1)
     assert type(layer) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [lambda d: nn.Linear(5, 3, dtype=d), lambda d: nn.ConvTranspose1d(4, 6, 3, dtype=d)],
+    ids=["Linear", "ConvTranspose1d"],
+)
+def test_complex_weights_have_complex_directions_and_real_lengths(make, dtype):
+    plain = make(dtype)
+    wide = {"atol": 1e-5, "rtol": 1e-5}
+    lengthy = P.weight_norm(copy.deepcopy(plain))
+    torch.testing.assert_close(lengthy.weight, plain.weight)
+    g = lengthy.parametrizations.weight.original0
+    assert not g.is_complex()
+    with torch.no_grad():
+        g.mul_(2)
+    torch.testing.assert_close(lengthy.weight, 2 * plain.weight)
+    spectral = P.spectral_norm(copy.deepcopy(plain))
+    for _ in range(100):
+        weight = spectral.weight
+    matrix = weight.detach().movedim(1, 0) if isinstance(plain, nn.ConvTranspose1d) else weight
+    largest = np.linalg.svd(matrix.detach().flatten(1).numpy(), compute_uv=False)[0]
+    np.testing.assert_allclose(largest, 1, rtol=1e-5)
+    torch.testing.assert_close(P.remove(spectral).weight, weight, **wide)
+    with pytest.raises(TypeError, match=r"needs a real weight, got torch.complex\d+"):
+        P.weight_standardization(plain)
+    assert not parametrize.is_parametrized(plain)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+def test_gradients_of_complex_weights(kind):
+    layer = KINDS[kind](nn.Linear(3, 2, dtype=torch.complex128)).eval()
+    originals = tuple(p.detach() for p in layer.parametrizations.weight.parameters())
+    parametrization = layer.parametrizations.weight[0]
+    inputs = tuple(p.requires_grad_() for p in originals)
+    assert torch.autograd.gradcheck(parametrization, inputs)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        (normkit.BatchNorm(3, affine=False), "running_mean must be a floating-point"),
+        (normkit.BatchNorm(3, affine=False).eval(), "running_mean must be a floating-point"),
+        (normkit.InstanceNorm1d(3, affine=True), "weight must be a floating-point"),
+        (normkit.RMSNorm(4, zero_centered_weight=True), "weight must be a floating-point"),
+        (normkit.DyT(3, channels_first=True), "alpha must be a floating-point"),
+        (normkit.FilterResponseNorm(3), "must be a floating-point.*complex64"),
+        (normkit.GlobalResponseNorm(3), "must be a floating-point.*complex64"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_feature_norm_made_complex_is_refused(layer, says):
+    with pytest.raises(TypeError, match=says):
+        layer.to(torch.complex64)(torch.randn(2, 3, 4))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LSTM(4, 5, 2, bidirectional=True),
+        lambda: nn.LSTM(4, 5, proj_size=3, bias=False),
+        lambda: nn.GRU(4, 5, dropout=0.0),
+        lambda: nn.RNN(4, 5),
+    ],
+    ids=["LSTM, bidirectional", "LSTM, projected", "GRU", "RNN"],
+)
+def test_recurrent_layers_can_be_copied_and_go_on_learning(make, kind):
+    layer = KINDS[kind](KINDS[kind](make(), "weight_hh_l0"), "weight_ih_l0").eval()
+    x = torch.randn(3, 2, 4)
+    layer(x)[0].sum().backward()
+    averaged = torch.optim.swa_utils.AveragedModel(layer).module
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), averaged):
+        torch.testing.assert_close(copied(x)[0], layer(x)[0])
+        before = layer(x)[0].detach()
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        assert not torch.equal(copied(x)[0], before)
+        torch.testing.assert_close(layer(x)[0], before)
+        copied(x)[0].sum().backward()
+        assert copied.parametrizations.weight_hh_l0[0].training == layer.training
+        assert all(p.grad.abs().sum() > 0 for p in copied.parametrizations.parameters())

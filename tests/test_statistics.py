@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit
 from normkit import functional as F
+from normkit import parametrizations as P
 from normkit.runtime import state
 
 VARIANTS = {
@@ -589,3 +590,37 @@ def test_statistics_that_move_are_not_differentiated():
     with torch.no_grad():
         layer(x)
     torch.testing.assert_close(layer.running_mean, 0.1 * x.mean((0, 2)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: P.spectral_norm(nn.Linear(3, 3)),
+        lambda: P.spectral_norm(nn.Conv1d(3, 3, 1)),
+        lambda: normkit.BatchNorm(3),
+        lambda: normkit.BatchNorm(3).accumulate(2),
+        lambda: normkit.BatchRenorm(3),
+        lambda: normkit.InstanceNorm1d(3, track_running_stats=True),
+    ],
+    ids=["spectral", "spectral conv", "batch", "accumulating", "renorm", "instance"],
+)
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_a_transform_that_may_not_write_is_told_what_to_call(make, transform):
+    layer, x = make(), torch.randn(3, 3, 3)
+    before = copy.deepcopy(layer.state_dict())
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    if transform == "grad":
+        transformed, given = grad(loss), (parameters, x)
+    else:
+        batched = {name: torch.stack([p, p]) for name, p in parameters.items()}
+        transformed, given = vmap(loss), (batched, torch.stack([x, 2 * x]))
+    with pytest.raises(RuntimeError, match=r"normkit\.functional_call"):
+        transformed(*given)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+    layer.eval()
+    vmap(grad(loss), (None, 0))(parameters, torch.stack([x, x]))

@@ -722,13 +722,13 @@ def test_a_subgroup_merges_its_own_and_a_group_of_one_is_batch_norm_to_the_bit(r
     ("name", "texts"),
     [
         ("channels at first", ["rank 0: channels 4, dtype float32", "input has 5 channels"]),
-        ("channels", ["rank 1: channels 4, dtype float32", "rank 2: ValueError: input has 5"]),
+        ("channels", ["rank 1: channels 4, dtype float32", "rank 2: InputError: input has 5"]),
         ("dtype", ["rank 0: dtype float32; rank 1: dtype float32; rank 2: dtype float64"]),
-        ("rank", ["rank 2: ValueError: expected 4D input, got 2D of shape (2, 4)"]),
+        ("rank", ["rank 2: InputError: expected 4D input (got 2D input) of shape (2, 4)"]),
         ("mask", ["rank 2: TypeError: mask must be a boolean tensor"]),
         ("gradient", ["rank 1: input gradient False; rank 2: input gradient True"]),
         ("momentum", ["rank 1: momentum 0.1; rank 2: momentum None"]),
-        ("one value", ["expected more than 1 value per channel when training, got 1 on all"]),
+        ("one value", ["Expected more than 1 value per channel when training, got 1 on all"]),
         ("not alone", ["rank 1: channels 6; rank 2: channels 7"]),
         ("other layers", ["rank 1: channels 4; rank 2: channels 5"]),
     ],
@@ -748,7 +748,7 @@ def test_errors_leave_the_ranks_in_step(ranks):
     for found in of(ranks, disagreements):
         for name in ("none", "now free", "free to change", "none at last"):
             assert found[name] == "none"
-        assert found["everywhere"].startswith("ValueError: SyncBatchNorm(4")
+        assert found["everywhere"].startswith("InputError: SyncBatchNorm(4")
 
 
 def test_ranks_of_another_history_stay_in_step(ranks):
@@ -756,7 +756,7 @@ def test_ranks_of_another_history_stay_in_step(ranks):
         assert found["copied"] == found["pickled"] == found["none at last"] == "none"
         said = "TypeError: GhostBatchNorm(4" if rank == RANKS - 1 else "none"
         assert found["sends nothing"].startswith(said)
-        assert "rank 2: ValueError: running_mean is on cpu, the input on meta" in found["elsewhere"]
+        assert "rank 2: InputError: running_mean is on cpu, the input on meta" in found["elsewhere"]
         assert found["batches"] == 1
 
 

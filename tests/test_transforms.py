@@ -145,7 +145,7 @@ def test_a_layer_exported_in_training_goes_on_tracking(name):
 
 def test_an_fx_graph_keeps_the_checks():
     traced = torch.fx.symbolic_trace(normkit.BatchNorm2d(4))
-    with pytest.raises(ValueError, match=r"expected 4D input, got 2D of shape \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"expected 4D input \(got 2D input\) of shape \(2, 4\)"):
         traced(torch.randn(2, 4))
     with pytest.raises(ValueError, match="expected 4 channels, got 7"):
         torch.fx.symbolic_trace(normkit.InstanceNorm2d(4))(torch.randn(2, 7, 3, 3))

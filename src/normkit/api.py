@@ -2,7 +2,7 @@
 
 from normkit import functional, parametrizations
 from normkit.dispatch import backends, explain, info
-from normkit.factory import create
+from normkit.factory import create, register
 from normkit.layers import (
     BatchNorm,
     BatchNorm1d,
@@ -60,5 +60,6 @@ __all__ = [
     "parametrizations",
     "recalibrate",
     "recompute",
+    "register",
     "swap",
 ]

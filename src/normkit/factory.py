@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normkit import layers
 from normkit.formula.spec import unknown
 from normkit.layers import (
     BatchNorm,
@@ -94,14 +98,34 @@ def create(name: str, num_features: int, **kwargs: Any) -> nn.Module:
     return entry.layer(**given, **entry.preset | kwargs)
 
 
-def arguments(layer: type[nn.Module]) -> list[str]:
-    """The names of a constructor's arguments, those included that it hands on by **kwargs."""
-    names: list[str] = []
-    for base in layer.__mro__:
-        if "__init__" not in vars(base):
+def register(registry: MutableMapping[type, Any]) -> None:
+    """Give normkit's layers the entries that a registry has for torch's, by exact type.
+
+    Libraries that ask `type(module) in REGISTRY` don't see that a layer of normkit is a batch norm.
+    Where that would cost a guarantee, hand them the registry:
+
+        normkit.register(opacus.validators.ModuleValidator.VALIDATORS)
+
+    Each layer gets the entry of the nearest class of torch's that it derives from, those for any
+    number of axes that of 2d; an entry of its own is kept. It suits registries that ask what a
+    layer is, not those that compute from its attributes: they know no mask, act or channels_first.
+
+    Args:
+        registry: from layer classes to whatever the library keeps; changed in place.
+    """
+    for layer in vars(layers).values():
+        if not (isinstance(layer, type) and issubclass(layer, layers._Norm)):
             continue
-        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-            break
-    return names
+        bases = list(layer.__mro__[1:])
+        if issubclass(layer, _BatchNorm):
+            bases.append(nn.BatchNorm2d)
+        elif issubclass(layer, _InstanceNorm):
+            bases.append(nn.InstanceNorm2d)
+        entries = [registry[base] for base in bases if base in registry]
+        if entries:
+            registry.setdefault(layer, entries[0])
+
+
+def arguments(layer: type[nn.Module]) -> list[str]:
+    """The names of a constructor's arguments."""
+    return list(inspect.signature(layer).parameters)

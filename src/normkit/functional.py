@@ -31,6 +31,7 @@ from torch.overrides import has_torch_function_variadic
 
 from normkit.backend import aten
 from normkit.backend.protocol import Normalized
+from normkit.common.errors import InputError
 from normkit.formula.affine import NO_AFFINE, Affine
 from normkit.formula.checks import (
     check_batch,
@@ -121,6 +122,15 @@ def batch_norm(
         )
     merge = _of_several(merge)
     ghosts = [(1, input.shape[0])] if ghost_size is None else _ghosts(input.shape[0], ghost_size)
+    plain = ghost_size is None and merge is None and mask is None and pending is None
+    if plain and momentum is not None and aten.exporting():
+        check_batch_statistics(input, eps, mask, ghosts)
+        spec = Spec(BATCH, eps, True, act, conditional=affine.conditional)
+        inputs = Inputs(input, affine.weight, affine.bias, residual)
+        _check_elements(input, mask, residual)
+        if num_batches_tracked is not None:
+            state.write(num_batches_tracked, state.read(num_batches_tracked) + 1)
+        return aten.by_batch(spec, inputs, running_mean, running_var, momentum)
     if ghost_size is None and merge is not None:
         batch = _merged(merge, "batch", input, eps, mask, residual, momentum)
         y = _by_merged(merge, batch, input, affine, eps, act, mask, residual)
@@ -270,7 +280,7 @@ def instance_norm(
         return overridden(instance_norm, locals())
     check_input(input, 2 if ranks else 3, "(N, C, *) with at least one position axis", ranks)
     if ranks and input.dim() == ranks[0]:
-        return instance_norm(
+        y = instance_norm(
             input.unsqueeze(0),
             running_mean,
             running_var,
@@ -283,9 +293,10 @@ def instance_norm(
             residual=_unsqueezed(residual),
             act=act,
             num_features=num_features,
-        ).squeeze(0)
+        )
+        return _laid_out_like(y.squeeze(0), input)
     if num_features is not None and input.shape[1] != num_features:
-        raise ValueError(
+        raise InputError(
             f"expected {num_features} channels, got {input.shape[1]} in input of shape "
             f"{tuple(input.shape)}"
         )
@@ -297,9 +308,10 @@ def instance_norm(
             *(input, running_mean, running_var, affine, eps, act), mask=mask, residual=residual
         )
     if math.prod(input.shape[2:]) == 1 and mask is None:
-        raise ValueError(
-            "expected more than 1 position per channel, got input of shape "
-            f"{tuple(input.shape)}, whose variance is 0; use larger inputs or another norm"
+        raise InputError(
+            "Expected more than 1 spatial element when training, got 1 position per channel in "
+            f"input of shape {tuple(input.shape)}, whose variance is 0; use larger inputs or "
+            "another norm"
         )
     spec = Spec(INSTANCE, eps, True, act, conditional=affine.conditional)
     inputs = Inputs(input, affine.weight, affine.bias, residual, mask)
@@ -335,12 +347,13 @@ def group_norm(
         return overridden(group_norm, locals())
     check_input(input, 2, "(N, C, *)")
     channels = input.shape[1]
-    check_groups(num_groups, channels)
+    num_groups = check_groups(num_groups, channels)
     affine = Affine.of(group(num_groups), input, (channels,), weight, bias)
     if math.prod(input.shape) == num_groups and mask is None:
-        raise ValueError(
-            f"expected more than 1 value per group, got input of shape {tuple(input.shape)} in "
-            f"{num_groups} groups; use fewer groups"
+        raise InputError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{tuple(input.shape)} in {num_groups} groups: 1 value per group, whose variance is 0; "
+            "use fewer groups"
         )
     if residual is not None:
         check_like("residual", residual, input)
@@ -466,7 +479,7 @@ def _row_norm(
         met = tuple(input.shape[-len(shape) :])
         pool = last(len(shape))
     if met != shape:
-        raise ValueError(
+        raise InputError(
             f"expected input with {'C = ' if channels_first else 'last sizes '}"
             f"{shape[0] if channels_first else shape}, got input of shape {tuple(input.shape)}"
         )
@@ -475,13 +488,16 @@ def _row_norm(
         check_like("add", add, input)
     spec = Spec(pool, eps, name == "layer_norm", act, conditional=affine.conditional)
     wide = _autocast(name, input)
+    total: Tensor | None
     if add is not None and wide is not input:
         total = input + add
         inputs = Inputs(_autocast(name, total), affine.weight, affine.bias, None, mask)
-        return _normalize(spec, inputs).y, total
-    inputs = Inputs(wide, affine.weight, affine.bias, None, mask, add)
-    outputs = _normalize(spec, inputs)
-    return outputs.y if outputs.total is None else (outputs.y, outputs.total)
+        y = _normalize(spec, inputs).y
+    else:
+        inputs = Inputs(wide, affine.weight, affine.bias, None, mask, add)
+        y, *_, total = _normalize(spec, inputs)
+    y = _laid_out_like(y, input)
+    return y if total is None else (y, _laid_out_like(total, input))
 
 
 def _ghosts(samples: int, size: int) -> list[tuple[int, int]]:
@@ -489,7 +505,7 @@ def _ghosts(samples: int, size: int) -> list[tuple[int, int]]:
 
     The larger ones come first.
     """
-    check_ghost_size(size)
+    size = check_ghost_size(size)
     ghosts = max(1, -(-samples // size))
     smaller, larger = samples // ghosts, samples % ghosts
     return [(n, k) for n, k in ((larger, smaller + 1), (ghosts - larger, smaller)) if n]
@@ -572,7 +588,7 @@ def _merged(
     batch = autograd.moments(spec, Inputs(x, mask=mask), merge, settings)
     if isinstance(batch.n, int) and batch.n == 1:
         raise RankError(
-            "expected more than 1 value per channel when training, got 1 on all ranks together, "
+            "Expected more than 1 value per channel when training, got 1 on all ranks together, "
             "whose variance is 0; use a larger batch, .eval(), or a norm that needs no batch "
             "(GroupNorm, LayerNorm)"
         )
@@ -613,7 +629,7 @@ def _by_running(
 ) -> Tensor:
     """y by the running statistics, as they were in the forward."""
     if running_mean is None or running_var is None:
-        raise ValueError(
+        raise InputError(
             "evaluation needs running_mean and running_var; pass them, or have the input's own "
             "statistics used (training=True of batch_norm, use_input_stats=True of instance_norm)"
         )
@@ -640,6 +656,14 @@ def _opened(step: Tensor, steps: tuple[int, int]) -> Tensor:
 def _normalize(spec: Spec, inputs: Inputs, tracked: bool = False) -> Normalized:
     _check_elements(inputs.x, inputs.mask, inputs.residual)
     return autograd.normalize(spec, inputs, tracked)
+
+
+def _laid_out_like(y: Tensor, x: Tensor) -> Tensor:
+    """y in x's memory format, where kernels know only that it isn't contiguous.
+
+    Under transforms a tensor doesn't say its format.
+    """
+    return y if x.is_contiguous() or not autograd.plain() else autograd.laid_out_like(y, x)
 
 
 def _unsqueezed(tensor: Tensor | None) -> Tensor | None:

@@ -7,9 +7,8 @@ hold. They are thin over `normkit.functional`, whose docstrings give the formula
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Self
 
 import torch
@@ -22,6 +21,7 @@ from normkit import functional
 from normkit.backend import aten
 from normkit.formula import checks
 from normkit.formula.spec import check_act, check_eps, check_momentum
+from normkit.runtime import readers
 from normkit.runtime.sync import Merge, let_ddp_take
 
 
@@ -42,24 +42,33 @@ def _given_or(own: Tensor | None, given: Tensor | None) -> Tensor | None:
 
 
 class _Norm(nn.Module):
-    """What all layers share: checked constants, an activation, errors that name the layer."""
+    """What all layers share: checked constants, an activation, errors that name the layer.
 
-    act: str | None = None
+    `_act` is the activation that forward applies. `act` shows it; a subclass may use that name, or
+    any other, for an activation of its own.
+    """
+
+    _act: str | None = None
     eps: Any
 
-    def _check(self) -> None:
+    def _check(self, act: str | None = None) -> None:
+        """Check the constants, and take the activation."""
         name = type(self).__name__
         try:
             if not (isinstance(self, RMSNorm) and self.eps is None):
                 check_eps(self.eps)
             check_momentum(getattr(self, "momentum", None))
-            check_act(self.act)
+            check_act(act)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from error
+        self._act = act
+        if not hasattr(type(self), "act"):  # a subclass's method
+            self.act = act
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "act":
+        if name == "act" and type(self).__module__ == __name__:
             check_act(value)  # a module would be registered, and never called
+            self._act = value
         super().__setattr__(name, value)
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -91,8 +100,13 @@ class _Norm(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        own = f", act={self.act!r}" if self.act is not None else ""
+        own = f", act={self._act!r}" if self._act is not None else ""
         return super().extra_repr() + own
+
+
+def _unless(bias: bool) -> dict[str, bool]:
+    """torch's argument, where it is needed: older ones of 2 have none on these layers."""
+    return {} if bias else {"bias": False}
 
 
 class _BatchLayer(_Norm, _BatchNorm):
@@ -107,9 +121,21 @@ class _BatchLayer(_Norm, _BatchNorm):
     micro_batches: int = 1
     merge: Merge | None = None
 
-    @functools.wraps(_BatchNorm.__init__)  # type: ignore[misc]
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        features = checks.check_size("num_features", num_features)
+        settings = (eps, momentum, affine, track_running_stats)
+        super().__init__(features, *settings, device=device, dtype=dtype, **_unless(bias))
         self._check()
 
     def forward(
@@ -125,9 +151,12 @@ class _BatchLayer(_Norm, _BatchNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
+        readers.refuse_quantization(self, input)
         function, own = self._formula()
         running_mean, running_var = self.running_mean, self.running_var
         tracked = running_mean is not None and running_var is not None
+        if self.frozen and not tracked:
+            self._need_running("freeze")
         by_running = tracked and (self.frozen or not self.training)
         moving = self.training and self.track_running_stats and not by_running
         if moving:
@@ -154,7 +183,7 @@ class _BatchLayer(_Norm, _BatchNorm):
                 num_batches_tracked=self.num_batches_tracked if moving else None,
                 mask=mask,
                 residual=residual,
-                act=self.act,
+                act=self._act,
                 ranks=self.ranks,
                 **own,
             )
@@ -231,11 +260,8 @@ class _BatchLayer(_Norm, _BatchNorm):
         Raises:
             ValueError: micro_batches isn't an integer >= 1; the layer has no running statistics.
         """
-        if not isinstance(micro_batches, int) or micro_batches < 1:
-            raise ValueError(
-                f"{self}: micro_batches must be an integer >= 1, got {micro_batches!r}; it is the "
-                "number of forwards between two optimizer steps"
-            )
+        what = "the number of forwards between two optimizer steps"
+        micro_batches = self._call(checks.check_size, "micro_batches", micro_batches, 1, what)
         mean = self._need_running("accumulate")
         self.micro_batches = micro_batches
         for name in _PENDING:
@@ -332,17 +358,30 @@ class BatchNorm(_BatchLayer):
     y = act((x - mean) / sqrt(variance + eps) * weight + bias + residual)
 
     Args:
-        *args, **kwargs: those of `torch.nn.BatchNorm1d`, num_features first.
         act: None, "relu", "leaky_relu", "silu" or "gelu".
+        The rest: those of `torch.nn.BatchNorm1d`.
 
     State, train and eval behaviour: as `BatchNorm1d`. Errors: `normkit.functional.batch_norm`.
-    torch's converters (SyncBatchNorm, conv-bn fusion) take it for plain batch norm and drop `act`.
+    torch's converters to SyncBatchNorm and its fusion of convolutions know no `act`: there it is a
+    RuntimeError.
     """
 
-    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.act = act
-        self._check()
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
+    ) -> None:
+        settings = (eps, momentum, affine, track_running_stats)
+        super().__init__(num_features, *settings, device, dtype, bias=bias)
+        self._check(act)
 
 
 class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
@@ -356,12 +395,31 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
     running statistics too, nothing is sent.
 
     Args:
-        *args, **kwargs: those of `torch.nn.SyncBatchNorm`, `process_group` among them.
+        process_group: the ranks; None for all.
         act: None, "relu", "leaky_relu", "silu" or "gelu".
+        The rest: those of `torch.nn.SyncBatchNorm`.
 
     State: as `BatchNorm`'s. Errors: `synchronize`. DistributedDataParallel averages the gradients
     over ranks; docs/sync.md says what that means for uneven batches.
     """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
+    ) -> None:
+        settings = (eps, momentum, affine, track_running_stats)
+        super().__init__(num_features, *settings, device, dtype, bias=bias, act=act)
+        self.process_group = process_group
 
     @property
     def process_group(self) -> Any:
@@ -473,15 +531,29 @@ class GhostBatchNorm(BatchNorm):
     Args:
         num_features: C.
         ghost_size: the largest number of samples that share statistics.
-        *args, **kwargs: the rest of `BatchNorm`'s.
+        The rest: those of `BatchNorm`.
 
     State: as `BatchNorm`'s. Formula, errors and source: `normkit.functional.batch_norm`.
     """
 
-    def __init__(self, num_features: int, ghost_size: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(num_features, *args, **kwargs)
+    def __init__(
+        self,
+        num_features: int,
+        ghost_size: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
+    ) -> None:
+        settings = (eps, momentum, affine, track_running_stats)
+        super().__init__(num_features, *settings, device, dtype, bias=bias, act=act)
         self.ghost_size = ghost_size
-        self._call(checks.check_ghost_size, ghost_size)
+        self.ghost_size = self._call(checks.check_ghost_size, ghost_size)
 
     def _formula(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         return functional.batch_norm, {"ghost_size": self.ghost_size}
@@ -548,10 +620,23 @@ class BatchRenorm(BatchNorm):
 class _InstanceLayer(_Norm, _InstanceNorm):
     unbatched_rank: int | None = None
 
-    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.act = act
-        self._check()
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
+    ) -> None:
+        features = checks.check_size("num_features", num_features)
+        settings = (eps, momentum, affine, track_running_stats)
+        super().__init__(features, *settings, device, dtype, **_unless(bias))
+        self._check(act)
 
     def forward(
         self,
@@ -566,6 +651,7 @@ class _InstanceLayer(_Norm, _InstanceNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
+        readers.refuse_quantization(self, input)
         if self.training and self.track_running_stats:
             self._warn_if_exported()
         unbatched = self.unbatched_rank
@@ -581,7 +667,7 @@ class _InstanceLayer(_Norm, _InstanceNorm):
                 self.eps,
                 mask=mask,
                 residual=residual,
-                act=self.act,
+                act=self._act,
                 ranks=None if unbatched is None else (unbatched, unbatched + 1),
                 num_features=self.num_features,
             )
@@ -598,8 +684,8 @@ class InstanceNorm1d(_InstanceLayer, nn.InstanceNorm1d):
     the input's statistics; with `track_running_stats=True` evaluation uses running ones.
 
     Args:
-        *args, **kwargs: those of `torch.nn.InstanceNorm1d`, num_features first.
         act: None, "relu", "leaky_relu", "silu" or "gelu".
+        The rest: those of `torch.nn.InstanceNorm1d`.
 
     Unlike torch's, it keeps channels_last, and a wrong channel count is an error also without
     affine. Formula, errors and source: `normkit.functional.instance_norm`.
@@ -636,19 +722,28 @@ class GroupNorm(_Norm, nn.GroupNorm):
 
     Args:
         num_groups, num_channels: the first divides the second.
-        *args, **kwargs: the rest of `torch.nn.GroupNorm`'s.
         act: None, "relu", "leaky_relu", "silu" or "gelu".
+        The rest: those of `torch.nn.GroupNorm`.
 
     Formula, errors and source: `normkit.functional.group_norm`.
     """
 
     def __init__(
-        self, num_groups: int, num_channels: int, *args: Any, act: str | None = None, **kwargs: Any
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
     ) -> None:
-        checks.check_groups(num_groups, num_channels)
-        super().__init__(num_groups, num_channels, *args, **kwargs)
-        self.act = act
-        self._check()
+        channels = checks.check_size("num_channels", num_channels)
+        groups = checks.check_groups(num_groups, channels)
+        super().__init__(groups, channels, eps, affine, device, dtype, **_unless(bias))
+        self._check(act)
 
     def forward(
         self,
@@ -663,6 +758,7 @@ class GroupNorm(_Norm, nn.GroupNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
+        readers.refuse_quantization(self, input)
         try:
             return functional.group_norm(
                 input,
@@ -672,7 +768,7 @@ class GroupNorm(_Norm, nn.GroupNorm):
                 self.eps,
                 mask=mask,
                 residual=residual,
-                act=self.act,
+                act=self._act,
             )
         except (ValueError, TypeError) as error:
             raise self._named(error) from error
@@ -683,20 +779,6 @@ class _RowLayer(_Norm):
 
     channels_first: bool = False
     normalized_shape: tuple[int, ...]
-
-    def __init__(
-        self,
-        normalized_shape: Any,
-        *args: Any,
-        channels_first: bool = False,
-        act: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        checks.check_normalized_shape(normalized_shape, channels_first)
-        super().__init__(normalized_shape, *args, **kwargs)
-        self.channels_first = channels_first
-        self.act = act
-        self._check()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", channels_first=True" if self.channels_first else "")
@@ -710,12 +792,34 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
     weight, bias: normalized_shape. The same in training and evaluation.
 
     Args:
-        normalized_shape, *args, **kwargs: those of `torch.nn.LayerNorm`.
         channels_first: normalize axis 1 of (N, C, *) instead of the last axes (ConvNeXt's).
         act: None, "relu", "leaky_relu", "silu" or "gelu".
+        The rest: those of `torch.nn.LayerNorm`.
 
     Formula, errors and source: `normkit.functional.layer_norm`.
     """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        channels_first: bool = False,
+        act: str | None = None,
+    ) -> None:
+        shape = checks.check_normalized_shape(normalized_shape, channels_first)
+        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
+        self.channels_first = channels_first
+        self._check(act)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("_act", "channels_first") and value and not readers.is_left_to_forward(self):
+            readers.leave_to_forward(self)
 
     def forward(  # type: ignore[override]
         self,
@@ -730,6 +834,7 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
 
         `weight` and `bias`, per sample or broadcasting to input, take the place of the layer's own.
         """
+        readers.refuse_quantization(self, input)
         try:
             return functional.layer_norm(
                 input,
@@ -740,7 +845,7 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
                 channels_first=self.channels_first,
                 mask=mask,
                 add=add,
-                act=self.act,
+                act=self._act,
             )
         except (ValueError, TypeError) as error:
             raise self._named(error) from error
@@ -754,18 +859,32 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
     weight: normalized_shape. The same in training and evaluation.
 
     Args:
-        normalized_shape, *args, **kwargs: those of `torch.nn.RMSNorm`; `eps=None` is the machine
-            epsilon of the compute dtype.
-        zero_centered_weight: scale by 1 + weight, weight 0 at first (Gemma's).
+        eps: None is the machine epsilon of the compute dtype.
         channels_first, act: as `LayerNorm`'s.
+        zero_centered_weight: scale by 1 + weight, weight 0 at first (Gemma's).
+        The rest: those of `torch.nn.RMSNorm`.
 
     Formula, errors and source: `normkit.functional.rms_norm`.
     """
 
     zero_centered_weight: bool = False
 
-    def __init__(self, *args: Any, zero_centered_weight: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        channels_first: bool = False,
+        act: str | None = None,
+        zero_centered_weight: bool = False,
+    ) -> None:
+        shape = checks.check_normalized_shape(normalized_shape, channels_first)
+        super().__init__(shape, eps, elementwise_affine, device, dtype)
+        self.channels_first = channels_first
+        self._check(act)
         self.zero_centered_weight = zero_centered_weight
         self.reset_parameters()
 
@@ -804,7 +923,42 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
                 channels_first=self.channels_first,
                 mask=mask,
                 add=add,
-                act=self.act,
+                act=self._act,
             )
         except (ValueError, TypeError) as error:
             raise self._named(error) from error
+
+
+def _lost_to_fusion(layer: nn.Module) -> str | None:
+    act = layer._act if isinstance(layer, _BatchLayer) else None
+    return None if act is None else f"act={act!r}"
+
+
+def _lost_to_torchs_sync(layer: nn.Module) -> str | None:
+    if not isinstance(layer, _BatchLayer):
+        return None
+    if isinstance(layer, FrozenBatchNorm | GhostBatchNorm | BatchRenorm):
+        return f"what {type(layer).__name__} is"
+    if layer.frozen:
+        return "freeze()"
+    if layer.merge is not None and not isinstance(layer, SyncBatchNorm):
+        return "synchronize()"
+    if layer.micro_batches > 1:
+        return f"accumulate({layer.micro_batches})"
+    return _lost_to_fusion(layer)
+
+
+for _fuse in ("fuse_conv_bn_eval", "fuse_linear_bn_eval"):
+    readers.refuse_to_lose(nn.utils.fusion, _fuse, _lost_to_fusion, "normkit.fold keeps it")
+readers.refuse_to_lose(
+    nn.SyncBatchNorm,
+    "convert_sync_batchnorm",
+    _lost_to_torchs_sync,
+    "normkit.SyncBatchNorm.convert_sync_batchnorm keeps it",
+)
+readers.refuse_fusing(
+    (
+        *(BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d),
+        *(SyncBatchNorm, FrozenBatchNorm, GhostBatchNorm, BatchRenorm),
+    )
+)

@@ -33,8 +33,8 @@ def weight_norm(layer: Layer, name: str = "weight") -> Layer:
 
     w = g * v / ||v||, for each output channel
 
-    g, one value an output, is the parameter `layer.parametrizations.weight.original0`; v, of the
-    weight's shape, is `original1`. They start where w is the layer's weight. Both are new
+    g, one real value an output, is the parameter `layer.parametrizations.weight.original0`; v, of
+    the weight's shape, is `original1`. They start where w is the layer's weight. Both are new
     parameters: make the optimizer afterwards. The same in training and evaluation. For the paper's
     initialization by the first batch see `initialize_weight_norm`.
 
@@ -119,14 +119,14 @@ def initialize_weight_norm(model: nn.Module, *args: Any, **kwargs: Any) -> None:
 def spectral_norm(layer: Layer, name: str = "weight") -> Layer:
     """Spectral normalization: the weight divided by an estimate of its largest singular value.
 
-    v <- W^T u / ||W^T u||,  u <- W v / ||W v||,  w = W / (u^T W v)
+    v <- W^H u / ||W^H u||,  u <- W v / ||W v||,  w = W / Re(u^H W v)
 
-    W is seen as a matrix (outputs, everything else); for a grouped convolution, whose groups are
-    stacked so, the estimate bounds that of each group from above. In training one such power
-    iteration is made whenever the weight is read, so once in a forward; in evaluation u and v
-    stay. A recomputation by activation checkpointing reads those of its forward and moves none.
-    They are buffers; W is the parameter `layer.parametrizations.weight.original`, the same object
-    that the weight was. u and v start with 15 iterations from a random direction.
+    W, real or complex, is seen as a matrix (outputs, everything else); for a grouped convolution,
+    whose groups are stacked so, the estimate bounds that of each group from above. In training one
+    such power iteration is made whenever the weight is read, so once in a forward; in evaluation
+    u and v stay. A recomputation by activation checkpointing reads those of its forward and moves
+    none. They are buffers; W is the parameter `layer.parametrizations.weight.original`, the same
+    object that the weight was. u and v start with 15 iterations from a random direction.
 
     Args:
         layer: with a parameter `name` of two axes or more; it is changed in place.
@@ -170,10 +170,16 @@ def weight_standardization(layer: Layer, name: str = "weight", eps: float = 1e-1
     Raises:
         ValueError: no such parameter; one that is parametrized already; a single weight to an
             output channel; eps out of range.
+        TypeError: a complex weight.
 
     Source: Qiao et al. 2019 (arXiv 1903.10520), section 2.
     """
     weight = _weight(layer, name)
+    if weight.is_complex():
+        raise TypeError(
+            f"{layer}: weight_standardization needs a real {name}, got {weight.dtype}; weight_norm "
+            "and spectral_norm take complex ones"
+        )
     groups = _transposed_groups(layer)
     if _by_output(weight, groups)[0].numel() == 1:
         raise ValueError(
@@ -222,7 +228,8 @@ class _WeightNorm(_Reparametrization):
         return _by_output((wide(g) * rows / _lengths(rows)).to(v.dtype), self.groups)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return _lengths(_by_output(weight, self.groups)).to(weight.dtype), weight
+        lengths = _lengths(_by_output(weight, self.groups))
+        return lengths.to(weight.real.dtype), weight
 
     def adopt(self, saved: dict[str, Any], prefix: str, name: str) -> None:
         g_name, v_name = (f"{prefix}parametrizations.{name}.original{i}" for i in (0, 1))
@@ -254,7 +261,8 @@ class _SpectralNorm(_Reparametrization):
             matrix = self._matrix(wide(weight))
             vectors = functools.partial(self._vectors, matrix)
             u, v = recompute.remember(vectors, moves=self.training)
-            return weight / (u @ (matrix @ v)).to(weight.dtype)
+            sigma = (u.conj() @ (matrix @ v)).real
+            return weight / sigma.to(weight.real.dtype)
 
     def adopt(self, saved: dict[str, Any], prefix: str, name: str) -> None:
         new = f"{prefix}parametrizations.{name}."
@@ -315,7 +323,7 @@ def _lengths(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _power_iteration(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    v = F.normalize(matrix.T @ u, dim=0)
+    v = F.normalize(matrix.mH @ u, dim=0)
     return F.normalize(matrix @ v, dim=0), v
 
 
@@ -365,7 +373,14 @@ def _reparametrizations(layer: nn.Module) -> dict[str, _Reparametrization]:
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     base = _base(self)
-    return _remake, (base, tuple(self.parametrizations)), base.__getstate__(self)  # type: ignore[arg-type]
+    state = dict(base.__getstate__(self))
+    if isinstance(self, nn.RNNBase):
+        # A list of the weights as last read, which torch brings up to date in the next forward;
+        # computed ones have a history, which can't be copied.
+        state["_flat_weights"] = [
+            w if w is None or w.is_leaf else w.detach() for w in self._flat_weights
+        ]
+    return _remake, (base, tuple(self.parametrizations)), state  # type: ignore[arg-type]
 
 
 def _remake(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

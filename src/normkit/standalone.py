@@ -15,9 +15,11 @@ import torch.fx
 from torch import Tensor, nn
 
 from normkit.backend.reference import wide
-from normkit.formula.checks import check_input
+from normkit.common.errors import InputError
+from normkit.formula.checks import check_floating, check_input, check_size
 from normkit.formula.spec import check_eps
 from normkit.layers import _Norm
+from normkit.runtime.readers import leave_to_forward
 
 
 class DyT(_Norm):
@@ -52,6 +54,7 @@ class DyT(_Norm):
         super().__init__()
         if not math.isfinite(alpha):
             raise ValueError(f"DyT: alpha must be finite, got {alpha}; the paper starts from 0.5")
+        num_features = check_size("num_features", num_features)
         self.num_features, self.channels_first = num_features, channels_first
         self.alpha_init = alpha
         self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
@@ -111,6 +114,7 @@ class FilterResponseNorm(_Norm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        num_features = check_size("num_features", num_features)
         check_eps(eps)
         self.num_features, self.eps_init = num_features, eps
         self.eps = nn.Parameter(torch.empty((), device=device, dtype=dtype)) if learn_eps else eps
@@ -119,6 +123,7 @@ class FilterResponseNorm(_Norm):
         tau = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if tlu else None
         self.register_parameter("tau", tau)
         self.reset_parameters()
+        leave_to_forward(self)
 
     def reset_parameters(self) -> None:
         """weight 1, bias and tau 0, a learned eps as given."""
@@ -171,11 +176,13 @@ class GlobalResponseNorm(_Norm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        num_features = check_size("num_features", num_features)
         check_eps(eps)
         self.num_features, self.eps, self.channels_first = num_features, eps, channels_first
         self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.reset_parameters()
+        leave_to_forward(self)
 
     def reset_parameters(self) -> None:
         """weight and bias 0."""
@@ -198,6 +205,7 @@ def _dyt(
     input: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, channels_first: bool
 ) -> Tensor:
     check_input(input, 2 if channels_first else 1, "(N, C, *)" if channels_first else "(*, C)")
+    check_floating("alpha", alpha)
     spread = _Spread(input, weight, 1 if channels_first else -1)
     y = torch.tanh(wide(alpha) * wide(input)) * spread(weight) + spread(bias)
     return y.to(input.dtype)
@@ -210,7 +218,7 @@ def _filter_response_norm(
     spread = _Spread(input, weight, 1)
     x = wide(input)
     if math.prod(x.shape[2:]) == 1 and not isinstance(eps, Tensor):
-        raise ValueError(
+        raise InputError(
             f"expected more than 1 position per channel, got input of shape {tuple(input.shape)}, "
             "which a fixed eps reduces to its sign; use learn_eps=True"
         )
@@ -244,7 +252,7 @@ class _Spread:
 
     def __init__(self, x: Tensor, parameter: Tensor, axis: int) -> None:
         if x.shape[axis] != parameter.shape[0]:
-            raise ValueError(
+            raise InputError(
                 f"expected {parameter.shape[0]} channels on axis {axis}, got input of shape "
                 f"{tuple(x.shape)}; the layer and its input must agree"
             )
@@ -252,4 +260,5 @@ class _Spread:
         self.shape[axis] = -1
 
     def __call__(self, parameter: Tensor) -> Tensor:
+        check_floating("every parameter", parameter)
         return wide(parameter).reshape(self.shape)

@@ -10,7 +10,8 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from normkit.formula.checks import NESTED
+from normkit.common.errors import InputError
+from normkit.formula.checks import NESTED, check_shape
 from normkit.formula.moments import Moments
 from normkit.formula.spec import float64, has_float64
 from normkit.layers import _Norm
@@ -61,11 +62,9 @@ class Standardize(_Norm):
         device: Any = None,
     ) -> None:
         super().__init__()
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        if not self.shape or any(n < 1 for n in self.shape):
-            raise ValueError(
-                f"Standardize: shape must name at least one axis of at least 1, got {shape}"
-            )
+        self.shape = check_shape("Standardize: shape", shape, 1)
+        if not self.shape:
+            raise ValueError("Standardize: shape must name at least one axis, got ()")
         self.channels_first, self.ignore_nan = channels_first, ignore_nan
         device = torch.get_default_device() if device is None else torch.device(device)
         home = device if has_float64(device) else "cpu"
@@ -262,7 +261,7 @@ def _first_axis(x: Tensor, shape: tuple[int, ...], channels_first: bool) -> int:
     if first < 1 or tuple(x.shape[first : first + len(shape)]) != shape:
         sizes = ", ".join(map(str, shape))
         form = f"(N, {sizes}, *)" if channels_first else f"(N, *, {sizes})"
-        raise ValueError(f"expected input {form}, got shape {tuple(x.shape)}")
+        raise InputError(f"expected input {form}, got shape {tuple(x.shape)}")
     return first
 
 

@@ -393,3 +393,18 @@ def test_a_copy_leaves_the_model_alone():
 
 def test_no_norms_says_so():
     assert "no norms here" in str(normkit.swap(nn.Linear(2, 2)))
+
+
+def test_the_hook_that_keeps_torchs_fast_path_away_goes_with_its_layer():
+    net = nn.Sequential(normkit.LayerNorm(4, act="relu"), nn.LayerNorm(4))
+    calls = []
+    handle = net[1].register_forward_pre_hook(lambda module, args: calls.append(1))
+    net[0].register_forward_pre_hook(lambda module, args: calls.append(0))
+    normkit.swap(net, "rms", example=torch.randn(2, 4))
+    calls.clear()
+    net(torch.randn(2, 4))
+    assert calls == [0, 1]
+    assert [len(layer._forward_pre_hooks) for layer in net] == [1, 1]
+    handle.remove()
+    net(torch.randn(2, 4))
+    assert calls == [0, 1, 0]

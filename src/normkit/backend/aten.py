@@ -50,6 +50,22 @@ def by_running(spec: Spec, inputs: Inputs, running_mean: Tensor, running_var: Te
     return _epilogue(spec, inputs, y)
 
 
+def by_batch(
+    spec: Spec,
+    inputs: Inputs,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+) -> Tensor:
+    """y by the batch's statistics, as torch's batch norm in training, which moves the running ones.
+
+    Quantization-aware training looks for this operator in exported graphs.
+    """
+    weight, bias = (None, None) if spec.conditional else (inputs.weight, inputs.bias)
+    y = F.batch_norm(inputs.x, running_mean, running_var, weight, bias, True, momentum, spec.eps)
+    return _epilogue(spec, inputs, y)
+
+
 def _epilogue(spec: Spec, inputs: Inputs, y: Tensor) -> Tensor:
     """act(y * weight + bias + residual), the affine only where it is conditional."""
     if spec.conditional and inputs.weight is not None:

@@ -1,7 +1,15 @@
-"""What the lab raises when the input, not the code, is at fault."""
+"""What is raised when the input, not the code, is at fault."""
 
 import difflib
 from collections.abc import Iterable
+
+
+class InputError(ValueError, RuntimeError):
+    """An input that doesn't fit its layer: a ValueError, and a RuntimeError as torch raises."""
+
+
+class InputTypeError(TypeError, RuntimeError):
+    """An input of a type that doesn't fit: a TypeError, and a RuntimeError as torch raises."""
 
 
 class LabError(Exception):

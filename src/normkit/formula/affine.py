@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normkit.formula.checks import channels_disagree, check_device
+from normkit.common.errors import InputError
+from normkit.formula.checks import channels_disagree, check_device, check_floating
 from normkit.formula.pool import Pool
 
 
@@ -64,9 +65,7 @@ def _is_plain(
     """Whether all samples share the parameter; an error where it fits neither all nor each."""
     if parameter is None:
         return True
-    if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
-        met = parameter.dtype if isinstance(parameter, Tensor) else type(parameter).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {met}")
+    check_floating(name, parameter)
     check_device(name, parameter, x)
     if parameter.shape == plain:
         return True
@@ -76,9 +75,9 @@ def _is_plain(
         if all(m in (1, n) for m, n in zip(full.shape, x.shape, strict=True)):
             return False
     if not pool.trailing and parameter.dim() == 1:
-        raise ValueError(channels_disagree(name, parameter, x))
+        raise InputError(channels_disagree(name, parameter, x))
     per_sample = (x.shape[0], *plain)
-    raise ValueError(
+    raise InputError(
         f"expected {name} of shape {plain}, {per_sample} for one a sample, or {x.dim()} axes that "
         f"broadcast to the input's {tuple(x.shape)}, got {tuple(parameter.shape)}"
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from normkit.common.errors import InputError, InputTypeError
 from normkit.formula.spec import check_momentum
 
 NESTED = (
@@ -17,25 +20,58 @@ NESTED = (
 )
 
 
-def check_groups(groups: int, channels: int) -> None:
-    """groups divide channels, or ValueError with those that do."""
-    if not isinstance(groups, int) or groups < 1 or channels % groups:
+def check_size(name: str, size: Any, least: int = 0, what: str | None = None) -> int:
+    """size, an integer of any library, as an int of at least `least`, or ValueError."""
+    met = _integer(size)
+    if met is None or met < least:
+        hint = f"; it is {what}" if what else ""
+        raise InputError(f"{name} must be an integer >= {least}, got {size!r}{hint}")
+    return met
+
+
+def _integer(value: Any) -> int | None:
+    if isinstance(value, int | torch.SymInt):
+        return value  # type: ignore[return-value]
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_shape(name: str, shape: Any, least: int = 0) -> tuple[int, ...]:
+    """One size or several as a tuple, or ValueError."""
+    if isinstance(shape, int):
+        sizes: tuple[Any, ...] = (shape,)
+    else:
+        try:
+            sizes = tuple(shape)
+        except TypeError:
+            sizes = (shape,)
+    return tuple([check_size(name, size, least) for size in sizes])
+
+
+def check_groups(num_groups: int, channels: int) -> int:
+    """The number of groups, which divides that of the channels, or ValueError with all that do."""
+    groups = _integer(num_groups)
+    if groups is None or groups < 1 or channels % groups:
         dividing = [g for g in range(1, min(channels, 64) + 1) if channels % g == 0]
-        raise ValueError(
-            f"num_channels must be divisible by num_groups, got {channels} channels in {groups} "
-            f"groups; {channels} can be split into {', '.join(map(str, dividing))} groups"
+        raise InputError(
+            f"num_channels must be divisible by num_groups, got {channels} channels in "
+            f"{num_groups} groups; {channels} can be split into "
+            f"{', '.join(map(str, dividing))} groups"
         )
+    return groups
 
 
 def check_normalized_shape(
     normalized_shape: int | Sequence[int], channels_first: bool
 ) -> tuple[int, ...]:
     """The normalized axes as a tuple: at least one, and with `channels_first` just one."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = check_shape("normalized_shape", normalized_shape)
     if not shape:
-        raise ValueError("normalized_shape must name at least one axis, got ()")
+        raise InputError("normalized_shape must name at least one axis, got ()")
     if channels_first and len(shape) != 1:
-        raise ValueError(f"channels_first normalizes the one axis C, got {shape}")
+        raise InputError(f"channels_first normalizes the one axis C, got {shape}")
     return shape
 
 
@@ -45,16 +81,16 @@ def check_input(x: Tensor, rank: int, shape: str, ranks: tuple[int, ...] | None 
     if x.is_nested:
         raise TypeError(NESTED)
     if not x.is_floating_point():
-        raise TypeError(
+        raise InputTypeError(
             f"expected a floating-point input, got {x.dtype}; convert it, as by .float()"
         )
     if ranks and x.dim() not in ranks:
-        raise ValueError(
-            f"expected {' or '.join(f'{r}D' for r in ranks)} input, got {x.dim()}D of shape "
+        raise InputError(
+            f"expected {' or '.join(f'{r}D' for r in ranks)} input (got {x.dim()}D input) of shape "
             f"{tuple(x.shape)}; add or remove axes, or use the layer for {x.dim()}D input"
         )
     if x.dim() < rank:
-        raise ValueError(f"expected input {shape}, got shape {tuple(x.shape)}")
+        raise InputError(f"expected input {shape}, got shape {tuple(x.shape)}")
 
 
 def check_batch(
@@ -75,11 +111,12 @@ def check_running(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *, moving: bool
 ) -> None:
     if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var go together: give both or neither")
+        raise InputError("running_mean and running_var go together: give both or neither")
     for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
         if buffer is not None and tuple(buffer.shape) != (x.shape[1],):
-            raise ValueError(channels_disagree(name, buffer, x))
+            raise InputError(channels_disagree(name, buffer, x))
         if buffer is not None:
+            check_floating(name, buffer)
             check_device(name, buffer, x)
             if moving and _is_differentiated(buffer):
                 raise ValueError(
@@ -102,8 +139,8 @@ def check_batch_statistics(
     count = ghosts[-1][1] * math.prod(x.shape[2:])
     if count == 1 and mask is None:
         batch = "channel" if x.shape[0] == 1 else "channel of a ghost batch"
-        raise ValueError(
-            f"expected more than 1 value per {batch} when training, got input of shape "
+        raise InputError(
+            f"Expected more than 1 value per {batch} when training, got input size "
             f"{tuple(x.shape)}, whose variance is 0; use a larger batch (DataLoader("
             "drop_last=True) drops a last batch of one) or ghost size, .eval(), or a norm that "
             "needs no batch (GroupNorm, LayerNorm)"
@@ -116,13 +153,9 @@ def check_positive_eps(eps: float) -> None:
         raise ValueError("eps must be positive when training, got 0; torch's default is 1e-5")
 
 
-def check_ghost_size(size: int) -> None:
-    """size is an integer of at least 1, or ValueError."""
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(
-            f"ghost_size must be an integer >= 1, got {size!r}; it is the number of samples that "
-            "share statistics"
-        )
+def check_ghost_size(size: int) -> int:
+    """size as an integer of at least 1, or ValueError."""
+    return check_size("ghost_size", size, 1, "the number of samples that share statistics")
 
 
 def check_limits(
@@ -150,9 +183,15 @@ def channels_disagree(name: str, tensor: Tensor, x: Tensor) -> str:
 
 def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.device != x.device:
-        raise ValueError(
+        raise InputError(
             f"{name} is on {tensor.device}, the input on {x.device}; move one to the other by .to()"
         )
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        met = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise InputTypeError(f"{name} must be a floating-point tensor, got {met}")
 
 
 def check_like(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -163,7 +202,7 @@ def check_like(name: str, tensor: Tensor, x: Tensor) -> None:
     for what in ("shape", "dtype", "device"):
         met, expected = getattr(tensor, what), getattr(x, what)
         if met != expected:
-            error = TypeError if what == "dtype" else ValueError
+            error = InputTypeError if what == "dtype" else InputError
             raise error(f"{name} must have the input's {what}, {expected}, got {met}")
 
 
@@ -175,7 +214,7 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
         m in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)
     )
     if not shapes_fit:
-        raise ValueError(
+        raise InputError(
             f"mask must have the input's rank and broadcast to its shape {tuple(x.shape)}, got "
             f"{tuple(mask.shape)}; a mask of (N, L) is mask[:, None, :] for input (N, C, L), "
             "mask[:, :, None] for (N, L, C)"

@@ -62,7 +62,12 @@ class Inputs(NamedTuple):
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the statistics of x: float64 for float64, float32 for all others."""
+    """The dtype of the statistics of x: float64 for float64, float32 for all others.
+
+    Complex weights, which only reparametrizations take, are complex of the same width.
+    """
+    if dtype.is_complex:
+        return torch.complex128 if dtype == torch.complex128 else torch.complex64
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

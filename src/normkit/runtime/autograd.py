@@ -143,7 +143,7 @@ def _backward(
         gradients = reference.normalize_backward(spec, again, dy, dtotal)
     else:
         verbs = verbs or backend.choose(spec, inputs)
-        gradients = verbs.normalize_backward(spec, inputs, _laid_out_like(dy, inputs.x), dtotal)
+        gradients = verbs.normalize_backward(spec, inputs, laid_out_like(dy, inputs.x), dtotal)
     return gradients if ctx.has_residual else gradients._replace(residual=None)
 
 
@@ -257,7 +257,7 @@ class _NormalizeMerged(torch.autograd.Function):
             batch = _merged(own, ctx.merge, settings)
             inputs = inputs._replace(mean=batch.mean, var=batch.var, rstd=None)
         else:
-            dy = _laid_out_like(dy, inputs.x)
+            dy = laid_out_like(dy, inputs.x)
             verbs = backend.choose(spec, inputs)
         sums = verbs.sums(spec, inputs, dy)
         found = Gradients(None, sums.weight, sums.bias)
@@ -314,7 +314,7 @@ class _CompiledNormalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *of_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = _saved(ctx)
-        dy = _laid_out_like(dy, inputs.x)
+        dy = laid_out_like(dy, inputs.x)
         found = backend.cpu.normalize_backward(ctx.spec, inputs, dy)
         return _by_inputs(1, found if ctx.has_residual else found._replace(residual=None))
 
@@ -360,7 +360,7 @@ class _TransformedNormalize(torch.autograd.Function):
         return torch.vmap(one, of_tensors, out_dims, randomness=info.randomness)(*tensors), out_dims
 
 
-def _laid_out_like(dy: Tensor, x: Tensor) -> Tensor:
+def laid_out_like(dy: Tensor, x: Tensor) -> Tensor:
     """dy in x's memory format, so that the input gradient is too; that of .sum() is expanded."""
     for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.dim() == rank and x.is_contiguous(memory_format=memory_format):

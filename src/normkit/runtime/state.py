@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normkit.common.errors import InputError
+
 _written: ContextVar[dict[int, Tensor] | None] = ContextVar("_written", default=None)
 
 
@@ -21,12 +23,26 @@ def read(buffer: Tensor) -> Tensor:
 
 
 def write(buffer: Tensor, value: Tensor) -> None:
-    """Give the buffer a value: in place, or for `functional_call` to return."""
-    written = None if torch.compiler.is_compiling() else _written.get()
-    if written is None:
+    """Give the buffer a value: in place, or for `functional_call` to return.
+
+    Raises:
+        InputError: a transform of torch.func that doesn't let the buffer be written in place.
+    """
+    if torch.compiler.is_compiling():
+        buffer.copy_(value)
+    elif (written := _written.get()) is not None:
+        written[id(buffer)] = value.to(buffer.dtype)
+    elif torch._C._functorch.peek_interpreter_stack() is None:
         buffer.copy_(value)
     else:
-        written[id(buffer)] = value.to(buffer.dtype)
+        try:
+            buffer.copy_(value)
+        except RuntimeError as error:
+            raise InputError(
+                "in training it moves buffers, and a transform of torch.func may not write what "
+                "it captures; call the model by normkit.functional_call, which returns them, or "
+                "put it in evaluation"
+            ) from error
 
 
 def in_place() -> bool:

@@ -81,7 +81,8 @@ def track(running: Running, batch: Moments, may_be_empty: bool) -> None:
     None. Moments per sample and channel are averaged over the samples. Empty pools move nothing;
     pools of one value leave the variance alone. With `pending` the batch is first united with the
     parts before it, and only the last part moves the averages. Batches that may be empty, masked or
-    of several ranks, count where they aren't.
+    of several ranks, count where they aren't; so do all where the count weighs the average. Others
+    count as in torch.
     """
     if recompute.recomputing():
         return
@@ -99,7 +100,8 @@ def _move_by_part(running: Running, batch: Moments, may_be_empty: bool) -> None:
         batch, complete = _united(running.pending, batch, running.micro_batches)
     n, mean, var = batch.spread()
     has_mean, has_var = n > 0, n > 1
-    seen: int | Tensor = has_mean.any() if may_be_empty else 1
+    by_count = running.momentum is None
+    seen: int | Tensor = has_mean.any() if may_be_empty or by_count else 1
     if not running.biased:
         var = var * (n / (n - 1).clamp(min=1))
     if mean.dim() == 2:
@@ -110,7 +112,7 @@ def _move_by_part(running: Running, batch: Moments, may_be_empty: bool) -> None:
     factor: float | Tensor = 0.0 if running.momentum is None else running.momentum
     if running.batches is not None:
         batches = state.read(running.batches) + seen
-        if running.momentum is None:
+        if by_count:
             factor = 1.0 / batches.clamp(min=1).to(mean.dtype)
     moved_mean = _moved(state.read(running.mean), mean, has_mean, factor)
     moved_var = _moved(state.read(running.var), var, has_var, factor)

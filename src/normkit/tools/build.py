@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from normkit import layers
 from normkit.factory import create
+from normkit.runtime.readers import move_hooks
 from normkit.tools.norms import ACTIVATIONS, Norm, is_synchronized, process_group_of
 
 Make = Callable[[int], nn.Module]
@@ -130,9 +131,7 @@ def adopt(
         notes.append(f"momentum is {new.momentum:g}, renorm's own")
     for module in new.modules():
         module.training = old.training
-    for attribute, value in vars(old).items():
-        if "_hooks" in attribute:
-            vars(new)[attribute] = value
+    move_hooks(old, new)
     return went, "; ".join(notes)
 
 

@@ -181,6 +181,8 @@ def process_group_of(module: Any) -> Any:
 
 
 def _act(module: nn.Module) -> str | None:
+    if isinstance(module, layers._Norm):
+        return module._act
     act, drop = getattr(module, "act", None), getattr(module, "drop", None)
     if isinstance(drop, nn.Module) and not isinstance(drop, nn.Identity):
         return "?"
