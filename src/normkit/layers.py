@@ -676,6 +676,8 @@ class _RowLayer(_Norm):
     """LayerNorm and RMSNorm: over the last axes, or over the channels of (N, C, *)."""
 
     channels_first: bool = False
+    cast_before_affine: bool = False
+    memory_format: torch.memory_format | None = None
     normalized_shape: tuple[int, ...]
 
     def __init__(
@@ -683,17 +685,24 @@ class _RowLayer(_Norm):
         normalized_shape: Any,
         *args: Any,
         channels_first: bool = False,
+        cast_before_affine: bool = False,
+        memory_format: torch.memory_format | None = None,
         act: str | None = None,
         **kwargs: Any,
     ) -> None:
         checks.check_normalized_shape(normalized_shape, channels_first)
         super().__init__(normalized_shape, *args, **kwargs)
         self.channels_first = channels_first
+        self.cast_before_affine = cast_before_affine
+        self.memory_format = memory_format
         self.act = act
         self._check()
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", channels_first=True" if self.channels_first else "")
+        names = ("channels_first", "cast_before_affine")
+        own = [f"{name}=True" for name in names if getattr(self, name)]
+        own += [f"memory_format={self.memory_format}"] if self.memory_format is not None else []
+        return ", ".join([super().extra_repr(), *own])
 
 
 class LayerNorm(_RowLayer, nn.LayerNorm):
@@ -706,6 +715,8 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
     Args:
         normalized_shape, *args, **kwargs: those of `torch.nn.LayerNorm`.
         channels_first: normalize axis 1 of (N, C, *) instead of the last axes (ConvNeXt's).
+        cast_before_affine, memory_format: rounding and strides of hand-written layers; see
+            `functional.layer_norm`.
         act: None, "relu", "leaky_relu", "silu" or "gelu".
 
     Formula, errors and source: `normkit.functional.layer_norm`.
@@ -732,6 +743,8 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
                 _given_or(self.bias, bias),
                 self.eps,
                 channels_first=self.channels_first,
+                cast_before_affine=self.cast_before_affine,
+                memory_format=self.memory_format,
                 mask=mask,
                 add=add,
                 act=self.act,
@@ -751,7 +764,7 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
         normalized_shape, *args, **kwargs: those of `torch.nn.RMSNorm`; `eps=None` is the machine
             epsilon of the compute dtype.
         zero_centered_weight: scale by 1 + weight, weight 0 at first (Gemma's).
-        channels_first, act: as `LayerNorm`'s.
+        channels_first, cast_before_affine, memory_format, act: as `LayerNorm`'s.
 
     Formula, errors and source: `normkit.functional.rms_norm`.
     """
@@ -796,6 +809,8 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
                 bias=bias,
                 zero_centered_weight=self.zero_centered_weight,
                 channels_first=self.channels_first,
+                cast_before_affine=self.cast_before_affine,
+                memory_format=self.memory_format,
                 mask=mask,
                 add=add,
                 act=self.act,
