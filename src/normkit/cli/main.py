@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from normkit.tools.build import TARGETS
+
 _LAB_NEEDS = {
     "numpy": "numpy",
     "scipy": "scipy",
@@ -168,8 +170,8 @@ def _add_tools(commands: Any) -> None:
     add = tool("swap", "replace the norms of a model, keeping weights and all else", "example")
     add(
         "--to",
-        help="batch, ghost:32, renorm, frozen, sync, instance, group, group:8, layer, rms, none, "
-        "another name of normkit.create (default: normkit's layer of the same kind)",
+        help=f"{', '.join(TARGETS)}; a number may follow: ghost:32, group:8 (default: normkit's "
+        "layer of the same kind)",
     )
     add("--only", metavar="PATTERN", help=only)
     add("--groups", type=int, metavar="N", help="at most so many groups (default: 32)")

@@ -22,6 +22,7 @@ from normkit.tools.model import (
     inner,
     taken,
 )
+from normkit.tools.norms import unknown_norms
 from normkit.tools.page import page
 from normkit.tools.recalibrate import recalibrate
 from normkit.tools.restore import preserved, undone_on_failure
@@ -52,6 +53,7 @@ class Inspection(Report):
         lines = [str(row) for row in self.rows]
         lines += [f"mended {f.layer}: {f.code} {f.name}: {f.measured}" for f in self.mended]
         norms = f"{self.facts['norms']} norms, {self.facts['batches']} batches"
+        lines += [f"{n}: unknown norm: {w}" for n, w in self.facts.get("unknown norms", {}).items()]
         count = len(self.rows)
         said = "no findings" if not count else f"{count} finding{'s' * (count > 1)}"
         lines.append(f"{said} ({norms})" if self.layers else "no norms here; nothing to inspect")
@@ -104,9 +106,9 @@ def inspect(
     given = taken(model)
     model = inner(given)
     ignored = set(ignore)
-    if unknown := ignored - {rule.code for rule in RULES}:
+    if missing := ignored - {rule.code for rule in RULES}:
         raise ToolError(
-            f"unknown code {sorted(unknown)[0]!r}; known: {', '.join(r.code for r in RULES)}"
+            f"unknown code {sorted(missing)[0]!r}; known: {', '.join(r.code for r in RULES)}"
         )
     check_loader(loader)
     if batches < 1:
@@ -121,7 +123,9 @@ def inspect(
         held = [] if validation is None else list(islice(validation, batches))
         facts = measure(model, train, held, run, loss, optimizer)
     findings = _judge(facts, ignored)
-    counts = {"norms": len(facts.layers), "batches": len(train)}
+    counts: dict[str, Any] = {"norms": len(facts.layers), "batches": len(train)}
+    if unknown := unknown_norms(model):
+        counts["unknown norms"] = unknown
     report = Inspection(given, findings, counts, facts.layers)
     if not fix:
         return report

@@ -76,7 +76,7 @@ class Layer:
         """Whether training normalizes by the batch and evaluation doesn't."""
         return (
             self.norm is not None
-            and self.norm.kind in ("batch", "sync", "ghost", "renorm")
+            and self.norm.entry.by_batch
             and self.norm.tracks
             and not self.frozen
         )
@@ -261,12 +261,12 @@ def _values(layer: Layer, x: Tensor) -> int:
     positions = math.prod(x.shape[2:])
     if layer.norm is None:
         return 0
-    match layer.norm.kind:
-        case "instance":
+    match layer.norm.entry.pool:
+        case "positions":
             return positions
         case "group":
             return x.shape[1] // (layer.norm.groups or 1) * positions
-        case "layer" | "rms":
+        case "row":
             return math.prod(layer.norm.shape)
         case _:
             return x.shape[0] * positions

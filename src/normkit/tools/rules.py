@@ -35,7 +35,7 @@ def redundant_bias(facts: Facts, threshold: float) -> Found:
     """A layer's bias that the norm behind it subtracts again."""
     for layer in facts.layers:
         linear: Any = layer.before.module if layer.before else None
-        removes = layer.norm is not None and layer.norm.kind in _SUBTRACT_CHANNEL_MEANS
+        removes = layer.norm is not None and layer.norm.entry.removes_channel_means
         if not removes or layer.frozen or not layer.alone or not isinstance(linear, LINEAR):
             continue
         axes = 2 if isinstance(linear, nn.Linear) else 2 + len(linear.kernel_size)
@@ -220,7 +220,7 @@ def near_overflow(facts: Facts, threshold: float) -> Found:
 def padding(facts: Facts, threshold: float) -> Found:
     """Padding that takes part in statistics over positions."""
     for layer in facts.layers:
-        pools = layer.norm is not None and layer.norm.kind in (*_SUBTRACT_CHANNEL_MEANS, "group")
+        pools = layer.norm is not None and layer.norm.entry.pool in ("batch", "positions", "group")
         if pools and not layer.frozen and (layer.padded or 0.0) > threshold:
             yield (
                 layer.name,
@@ -273,7 +273,6 @@ def validation_shift(facts: Facts, threshold: float) -> Found:
         )
 
 
-_SUBTRACT_CHANNEL_MEANS = ("batch", "sync", "ghost", "renorm", "instance")
 _ALLOWED_SHIFT = 0.25
 _EDGES = {"sigmoid": 5.98, "tanh": 2.99}
 """|x| beyond which the slope is under 1 % of the largest."""
