@@ -472,3 +472,13 @@ def test_models_with_padding_and_activations_of_their_own(name):
     report = normkit.fold(model, x)
     assert report.facts["left"] == 0
     torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
+
+
+class Nan(nn.Module):
+    def forward(self, x):
+        return x * float("nan")
+
+
+def test_outputs_that_are_not_numbers_are_no_fault_of_a_fold_that_did_nothing():
+    net = nn.Sequential(nn.LayerNorm(4), Nan()).eval()
+    assert normkit.fold(net, torch.randn(2, 4)).facts["folded"] == 0

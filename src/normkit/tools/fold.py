@@ -149,7 +149,7 @@ def fold(
         change, most = largest(before, after), largest(before)
         allowed = max((TOLERANCE[pair.weight.dtype] for pair in pairs), default=0.0)
         allowed = allowed if tolerance is None else tolerance
-        if not change <= allowed * most:
+        if pairs and not change <= allowed * most:
             worst = pairs[errors.index(max(errors))]
             raise ToolError(
                 f"folding changes the model's output by {change:.2g} where its largest value is "
