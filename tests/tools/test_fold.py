@@ -460,7 +460,7 @@ def test_what_lies_around_a_norm_that_is_left_is_named():
     report = normkit.fold(net, x)
     notes = {row.layer: row.note for row in report.rows}
     assert notes["norm"] == ""
-    assert notes["identity"].endswith("comes from the model's input, its output goes to 'add'")
+    assert notes["identity"].endswith("its output goes to 'add'")
     assert notes["joined"].endswith("its input comes from 'cat', its output goes to 'sigmoid'")
     assert notes["listed"].startswith("left: unknown norm: it computes no norm of normkit's")
 
