@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs bench bench-engines bench-gpu bench-sync sanitize chromium clean
+.PHONY: demo test check docs bench bench-engines bench-gpu bench-sync zoo sanitize chromium clean
 
 demo: .venv/ready
 	$(BIN)/normkit study speed --out runs/demo
@@ -44,6 +44,11 @@ bench-gpu:
 bench-sync: .venv/ready
 	$(BIN)/python benchmarks/sync.py --out benchmarks/results/sync.json
 	$(BIN)/python benchmarks/render.py --no-picture
+
+# Swap and fold on models of timm and transformers that docs/results/zoo.json lacks: an hour or two.
+zoo: .venv/ready
+	$(BIN)/python docs/zoo.py run
+	$(BIN)/python docs/zoo.py
 
 # The core's tests and timm models under AddressSanitizer and UBSan, in a copy of the package. The
 # objects are kept: what hasn't changed isn't compiled again.

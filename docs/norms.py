@@ -16,39 +16,10 @@ from torch import nn
 import normkit
 from normkit import backend, parametrizations
 from normkit.common.files import write
-from normkit.factory import arguments
+from normkit.factory import NORMS, Entry, arguments
 from normkit.formula.spec import Inputs, Spec
 
 PAGE = Path(__file__).parent / "norms.md"
-
-FORMULA = {
-    "BatchNorm1d(C)": "",
-    "BatchNorm2d(C)": "",
-    "BatchNorm3d(C)": "",
-    "BatchNorm(C)": "batch",
-    "GhostBatchNorm(C, S)": "ghost:S",
-    "BatchRenorm(C)": "renorm",
-    "FrozenBatchNorm(C)": "frozen",
-    "SyncBatchNorm(C)": "sync",
-    "InstanceNorm1d(C)": "",
-    "InstanceNorm2d(C)": "",
-    "InstanceNorm3d(C)": "",
-    "InstanceNorm(C)": "instance",
-    "InstanceNorm(C, track_running_stats=True)": "",
-    "GroupNorm(G, C)": "group:G",
-    "LayerNorm(C)": "",
-    "LayerNorm(C, channels_first=True)": "layer",
-    "RMSNorm(C)": "",
-    "RMSNorm(C, channels_first=True)": "rms",
-}
-"""How a case of the formula is made -> its name in `normkit.create`, if it has one."""
-
-BESIDE = {
-    "DyT(C, channels_first=True)": "dyt",
-    "FilterResponseNorm(C)": "frn",
-    "GlobalResponseNorm(C)": "grn",
-    "Standardize(C)": "",
-}
 
 WEIGHTS = (
     parametrizations.weight_norm,
@@ -97,9 +68,36 @@ HEAD = ("norm", "`create`", "pool", "source in training", "source in evaluation"
 HEAD += ("affine", "epilogue", "backends", "extras")
 
 
+def rows(name: str, entry: Entry) -> dict[str, str]:
+    """How the layers of an entry are made -> the name in `normkit.create`, if it has one."""
+    letters = {entry.features: "C"}
+    if entry.number is not None:
+        letters[entry.number] = entry.number.rpartition("_")[2][0].upper()
+    given = [letters[argument] for argument in arguments(entry.layer) if argument in letters]
+    preset = [f"{argument}={value}" for argument, value in entry.preset.items()]
+
+    def text(layer: type[nn.Module], *more: str) -> str:
+        return f"{layer.__name__}({', '.join([*given, *more])})"
+
+    created = text(entry.layer, *preset)
+    found = {text(layer): "" for layer in entry.ranked}
+    if preset and entry.pool:
+        found[text(entry.layer)] = ""
+    found[created] = ":".join([name, *(letters[n] for n in [entry.number] if n is not None)])
+    if getattr(make(created), "track_running_stats", True) is False:
+        found[text(entry.layer, "track_running_stats=True")] = ""
+    return found
+
+
 def make(text: str, **more: Any) -> nn.Module:
     """The layer of a row, with 8 channels in 2 groups, and ghost batches of 4 samples."""
     return eval(f"{text[:-1]}, **more)", vars(normkit) | {"C": 8, "G": 2, "S": 4, "more": more})
+
+
+def table_of(*, formula: bool) -> dict[str, str]:
+    """All rows of the norms that are cases of the formula, or of those that aren't."""
+    chosen = [rows(name, entry) for name, entry in NORMS.items() if bool(entry.pool) == formula]
+    return {text: name for found in chosen for text, name in found.items()}
 
 
 def call(layer: nn.Module) -> tuple[Spec, Inputs]:
@@ -115,6 +113,10 @@ def call(layer: nn.Module) -> tuple[Spec, Inputs]:
                 continue
         return calls[-1]
     raise AssertionError(f"{layer} takes no input of three to five axes")
+
+
+FORMULA = table_of(formula=True)
+BESIDE = table_of(formula=False) | {"Standardize(C)": ""}
 
 
 def formula_row(text: str) -> list[str]:

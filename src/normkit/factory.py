@@ -15,11 +15,17 @@ from normkit import layers
 from normkit.formula.spec import unknown
 from normkit.layers import (
     BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
     BatchRenorm,
     FrozenBatchNorm,
     GhostBatchNorm,
     GroupNorm,
     InstanceNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
     LayerNorm,
     RMSNorm,
     SyncBatchNorm,
@@ -29,35 +35,66 @@ from normkit.standalone import DyT, FilterResponseNorm, GlobalResponseNorm
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a name makes.
+    """One norm: what its name makes, and all that other modules have to know of it.
 
-    `number` is the argument that stands behind the colon, as in "group:32"; `features` the one
-    that takes num_features; `preset` what differs from the layer's own defaults.
+    Attributes:
+        layer: its class.
+        number: the argument that stands behind the colon, as in "group:32".
+        features: the argument that takes num_features.
+        preset: what differs from the layer's own defaults.
+        ranked: its classes for one, two and three position axes, named as torch's.
+        pool: the values that share statistics: "batch" (with the positions), "positions", "group"
+            (of channels, with the positions) or "row" (the last axes, or the channels); None for
+            what isn't a case of the formula.
+        by_batch: training normalizes by the batch, and evaluation by running statistics.
+        variant: of batch norm; synchronization is asked of it by `synchronize`.
+        own_momentum: its momentum means something else than torch's 0.1.
     """
 
     layer: type[nn.Module]
     number: str | None = None
     features: str = "num_features"
     preset: dict[str, Any] = field(default_factory=dict)
+    ranked: tuple[type[nn.Module], ...] = ()
+    pool: str | None = None
+    by_batch: bool = False
+    variant: bool = False
+    own_momentum: bool = False
+
+    @property
+    def removes_channel_means(self) -> bool:
+        """Whether a constant that is added to a channel changes nothing in training."""
+        return self.by_batch or self.pool == "positions"
 
 
 _CHANNELS_FIRST = {"channels_first": True}
 
 NORMS = {
-    "batch": Entry(BatchNorm),
-    "ghost": Entry(GhostBatchNorm, "ghost_size"),
-    "renorm": Entry(BatchRenorm),
-    "frozen": Entry(FrozenBatchNorm),
-    "sync": Entry(SyncBatchNorm),
-    "instance": Entry(InstanceNorm),
-    "group": Entry(GroupNorm, "num_groups", "num_channels"),
-    "layer": Entry(LayerNorm, None, "normalized_shape", _CHANNELS_FIRST),
-    "rms": Entry(RMSNorm, None, "normalized_shape", _CHANNELS_FIRST),
+    "batch": Entry(
+        BatchNorm, ranked=(BatchNorm1d, BatchNorm2d, BatchNorm3d), pool="batch", by_batch=True
+    ),
+    "ghost": Entry(GhostBatchNorm, "ghost_size", pool="batch", by_batch=True, variant=True),
+    "renorm": Entry(BatchRenorm, pool="batch", by_batch=True, variant=True, own_momentum=True),
+    "frozen": Entry(FrozenBatchNorm, pool="batch"),
+    "sync": Entry(SyncBatchNorm, pool="batch", by_batch=True),
+    "instance": Entry(
+        InstanceNorm, ranked=(InstanceNorm1d, InstanceNorm2d, InstanceNorm3d), pool="positions"
+    ),
+    "group": Entry(GroupNorm, "num_groups", "num_channels", pool="group"),
+    "layer": Entry(LayerNorm, None, "normalized_shape", _CHANNELS_FIRST, pool="row"),
+    "rms": Entry(RMSNorm, None, "normalized_shape", _CHANNELS_FIRST, pool="row"),
     "dyt": Entry(DyT, preset=_CHANNELS_FIRST),
     "frn": Entry(FilterResponseNorm),
     "grn": Entry(GlobalResponseNorm),
 }
-"""Every name that `create` knows."""
+"""Every name that `create` knows. To add a norm, add its entry here, its function and its class."""
+
+_NAMES = {layer: name for name, e in NORMS.items() for layer in (e.layer, *e.ranked)}
+
+
+def name_of(layer: type[nn.Module]) -> str | None:
+    """The name in `NORMS` of a class, or of the nearest class that it derives from."""
+    return next((_NAMES[base] for base in layer.__mro__ if base in _NAMES), None)
 
 
 def create(name: str, num_features: int, **kwargs: Any) -> nn.Module:

@@ -371,6 +371,8 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     channels_first: bool = False,
+    cast_before_affine: bool = False,
+    memory_format: torch.memory_format | None = None,
     mask: Tensor | None = None,
     add: Tensor | None = None,
     act: str | None = None,
@@ -386,13 +388,20 @@ def layer_norm(
             strided, has each of its rows normalized, without a mask and per-sample parameters.
         normalized_shape: the sizes of the normalized axes; (C,) with `channels_first`.
         weight, bias: normalized_shape each, or per sample.
+        cast_before_affine: round to the input's dtype before weight and again before bias, which
+            then promote it by torch's rules: Llama's and DeBERTa's order in half precision. In
+            float32 and float64 it changes nothing.
+        memory_format: y's, where it isn't as torch's layer gives it (contiguous over the last axes,
+            input's over the channels): `torch.preserve_format` for input's strides, as norms of
+            elementwise operators give them, or `torch.channels_last`, where input has four axes.
         add: input's shape, dtype and device; added before the norm, and the sum is returned too.
 
     Returns:
         y, or (y, input + add) where `add` is given.
 
     Raises:
-        ValueError, TypeError: as `batch_norm`; an input that doesn't end in normalized_shape.
+        ValueError, TypeError: as `batch_norm`; an input that doesn't end in normalized_shape; `act`
+            together with `cast_before_affine`.
 
     Source: Ba, Kiros & Hinton 2016 (arXiv 1607.06450), equation 4; over the channels: Liu et al.
     2022 (arXiv 2201.03545).
@@ -402,7 +411,18 @@ def layer_norm(
     ):
         return overridden(layer_norm, locals())
     return _row_norm(
-        "layer_norm", input, normalized_shape, weight, bias, eps, channels_first, mask, add, act
+        "layer_norm",
+        input,
+        normalized_shape,
+        weight,
+        bias,
+        eps,
+        channels_first,
+        cast_before_affine,
+        memory_format,
+        mask,
+        add,
+        act,
     )
 
 
@@ -415,6 +435,8 @@ def rms_norm(
     bias: Tensor | None = None,
     zero_centered_weight: bool = False,
     channels_first: bool = False,
+    cast_before_affine: bool = False,
+    memory_format: torch.memory_format | None = None,
     mask: Tensor | None = None,
     add: Tensor | None = None,
     act: str | None = None,
@@ -425,7 +447,7 @@ def rms_norm(
 
     `eps=None` is the machine epsilon of the dtype it is computed in, as in torch: float64's for
     float64, float32's for all others. With `zero_centered_weight` the factor is 1 + weight, added
-    in the compute dtype. The rest is as in `layer_norm`.
+    in the compute dtype, or with `cast_before_affine` in weight's. The rest is as in `layer_norm`.
 
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4; 1 + weight: as in Gemma (arXiv
     2403.08295) and its reference implementation.
@@ -435,12 +457,23 @@ def rms_norm(
     ):
         return overridden(rms_norm, locals())
     if zero_centered_weight and weight is not None:
-        weight = 1 + weight.to(compute_dtype(weight.dtype))
+        weight = 1 + (weight if cast_before_affine else weight.to(compute_dtype(weight.dtype)))
     if eps is None:
         check_input(input, 1, "any")
         eps = torch.finfo(compute_dtype(input.dtype)).eps
     return _row_norm(
-        "rms_norm", input, normalized_shape, weight, bias, eps, channels_first, mask, add, act
+        "rms_norm",
+        input,
+        normalized_shape,
+        weight,
+        bias,
+        eps,
+        channels_first,
+        cast_before_affine,
+        memory_format,
+        mask,
+        add,
+        act,
     )
 
 
@@ -466,6 +499,8 @@ def _row_norm(
     bias: Tensor | None,
     eps: float,
     channels_first: bool,
+    cast_before_affine: bool,
+    memory_format: torch.memory_format | None,
     mask: Tensor | None,
     add: Tensor | None,
     act: str | None,
@@ -483,11 +518,20 @@ def _row_norm(
             f"expected input with {'C = ' if channels_first else 'last sizes '}"
             f"{shape[0] if channels_first else shape}, got input of shape {tuple(input.shape)}"
         )
-    affine = Affine.of(pool, input, shape, weight, bias)
+    if memory_format is torch.channels_last and input.dim() == 4:
+        input = input.contiguous(memory_format=memory_format)
+    affine, after = Affine.of(pool, input, shape, weight, bias), NO_AFFINE
+    if cast_before_affine and act is not None:
+        raise ValueError(
+            f"cast_before_affine rounds before weight and bias, and act={act!r} is computed before "
+            "anything is rounded; leave one of them out"
+        )
+    if cast_before_affine and compute_dtype(input.dtype) != input.dtype:
+        affine, after = NO_AFFINE, affine.full_rank(pool, input)
     if add is not None:
         check_like("add", add, input)
     spec = Spec(pool, eps, name == "layer_norm", act, conditional=affine.conditional)
-    wide = _autocast(name, input)
+    wide = input if cast_before_affine else _autocast(name, input)
     total: Tensor | None
     if add is not None and wide is not input:
         total = input + add
@@ -496,7 +540,9 @@ def _row_norm(
     else:
         inputs = Inputs(wide, affine.weight, affine.bias, None, mask, add)
         y, *_, total = _normalize(spec, inputs)
-    y = _laid_out_like(y, input)
+    y = _laid_out_like(after.applied(y, mask), input)
+    if memory_format is torch.preserve_format and y.stride() != input.stride():
+        y = torch.empty_like(input, dtype=y.dtype).copy_(y)
     return y if total is None else (y, _laid_out_like(total, input))
 
 

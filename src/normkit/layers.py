@@ -778,10 +778,15 @@ class _RowLayer(_Norm):
     """LayerNorm and RMSNorm: over the last axes, or over the channels of (N, C, *)."""
 
     channels_first: bool = False
+    cast_before_affine: bool = False
+    memory_format: torch.memory_format | None = None
     normalized_shape: tuple[int, ...]
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", channels_first=True" if self.channels_first else "")
+        names = ("channels_first", "cast_before_affine")
+        own = [f"{name}=True" for name in names if getattr(self, name)]
+        own += [f"memory_format={self.memory_format}"] if self.memory_format is not None else []
+        return ", ".join([super().extra_repr(), *own])
 
 
 class LayerNorm(_RowLayer, nn.LayerNorm):
@@ -793,6 +798,8 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
 
     Args:
         channels_first: normalize axis 1 of (N, C, *) instead of the last axes (ConvNeXt's).
+        cast_before_affine, memory_format: rounding and strides of hand-written layers; see
+            `functional.layer_norm`.
         act: None, "relu", "leaky_relu", "silu" or "gelu".
         The rest: those of `torch.nn.LayerNorm`.
 
@@ -809,11 +816,15 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
         dtype: Any = None,
         *,
         channels_first: bool = False,
+        cast_before_affine: bool = False,
+        memory_format: torch.memory_format | None = None,
         act: str | None = None,
     ) -> None:
         shape = checks.check_normalized_shape(normalized_shape, channels_first)
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
         self.channels_first = channels_first
+        self.cast_before_affine = cast_before_affine
+        self.memory_format = memory_format
         self._check(act)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -843,6 +854,8 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
                 _given_or(self.bias, bias),
                 self.eps,
                 channels_first=self.channels_first,
+                cast_before_affine=self.cast_before_affine,
+                memory_format=self.memory_format,
                 mask=mask,
                 add=add,
                 act=self._act,
@@ -860,7 +873,7 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
 
     Args:
         eps: None is the machine epsilon of the compute dtype.
-        channels_first, act: as `LayerNorm`'s.
+        channels_first, cast_before_affine, memory_format, act: as `LayerNorm`'s.
         zero_centered_weight: scale by 1 + weight, weight 0 at first (Gemma's).
         The rest: those of `torch.nn.RMSNorm`.
 
@@ -878,12 +891,16 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
         dtype: Any = None,
         *,
         channels_first: bool = False,
+        cast_before_affine: bool = False,
+        memory_format: torch.memory_format | None = None,
         act: str | None = None,
         zero_centered_weight: bool = False,
     ) -> None:
         shape = checks.check_normalized_shape(normalized_shape, channels_first)
         super().__init__(shape, eps, elementwise_affine, device, dtype)
         self.channels_first = channels_first
+        self.cast_before_affine = cast_before_affine
+        self.memory_format = memory_format
         self._check(act)
         self.zero_centered_weight = zero_centered_weight
         self.reset_parameters()
@@ -921,6 +938,8 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
                 bias=bias,
                 zero_centered_weight=self.zero_centered_weight,
                 channels_first=self.channels_first,
+                cast_before_affine=self.cast_before_affine,
+                memory_format=self.memory_format,
                 mask=mask,
                 add=add,
                 act=self._act,

@@ -7,8 +7,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from norms_of_others import DetrFrozenBatchNorm2d, SimpleNorm
 from states import state_of
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from zoo import FrozenBatchNorm2d, create, images
 
@@ -236,7 +238,7 @@ def reused():
     [
         (Branching(), (2, 3, 4, 4), "the output of conv is also used by relu"),
         (Shared(), (2, 3), "the weight of a is shared"),
-        (nn.Sequential(Own(3, 3, 1), nn.BatchNorm2d(3)), (2, 3, 4, 4), "forward of its own"),
+        (nn.Sequential(Own(3, 3, 1), nn.BatchNorm2d(3)), (2, 3, 4, 4), "isn't linear in its"),
         (hooked(), (2, 3, 4, 4), "0 has hooks"),
         (parametrized(), (2, 3, 4, 4), "remove_parametrizations makes its weight plain"),
         (reused(), (2, 3, 4, 4), "called 2 times"),
@@ -366,3 +368,117 @@ def test_the_folded_model_runs_in_onnxruntime_without_a_norm(tmp_path):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     np.testing.assert_allclose(got, before.detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+class PaddedConv2d(nn.Conv2d):
+    """It pads its input itself, as TensorFlow's and EfficientNet's do."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """Its weight is standardized, so that a scaled weight changes nothing."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = weight / weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        return F.conv2d(x, weight, self.bias)
+
+
+class DoubledLinear(nn.Linear):
+    def forward(self, x):
+        return F.linear(2 * x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (nn.Sequential(PaddedConv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)), (2, 3, 5, 5)),
+        (nn.Sequential(PaddedConv2d(3, 8, 3, 2), DetrFrozenBatchNorm2d(8)), (2, 3, 5, 5)),
+    ],
+    ids=["batch norm", "frozen batch norm"],
+)
+def test_a_convolution_that_pads_by_itself_is_folded_into(net, shape):
+    net, x = shaken(net), torch.randn(shape)
+    before = net(x)
+    report = normkit.fold(net, x)
+    assert report.facts["folded"] == 1
+    assert type(net[1]) is nn.Identity
+    y = torch.randn(shape)
+    torch.testing.assert_close(net(x), before, rtol=1e-4, atol=1e-5)
+    assert net(y).shape == before.shape
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "said"),
+    [
+        (
+            nn.Sequential(StandardizedConv2d(3, 8, 3), nn.BatchNorm2d(8)),
+            (2, 3, 5, 5),
+            "0 (StandardizedConv2d) has a forward that isn't linear in its weight",
+        ),
+        (
+            nn.Sequential(DoubledLinear(3, 8), nn.BatchNorm1d(8)),
+            (4, 3),
+            "",
+        ),
+        (
+            nn.Sequential(nn.BatchNorm2d(3), PaddedConv2d(3, 8, 3)),
+            (2, 3, 5, 5),
+            "PaddedConv2d may pad what it gets, and the norm has a shift",
+        ),
+    ],
+    ids=["standardized weight", "scaled input", "padding behind a shift"],
+)
+def test_a_forward_of_its_own_is_tried(net, shape, said):
+    net, x = shaken(net), torch.randn(shape)
+    before = net(x)
+    report = normkit.fold(net, x)
+    assert said in report.rows[0].note
+    assert report.facts["folded"] == (said == "")
+    torch.testing.assert_close(net(x), before, rtol=1e-4, atol=1e-5)
+
+
+class Branches(nn.Module):
+    """RepVGG's: a convolution and an identity, each normalized, and split convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.identity = nn.BatchNorm2d(4)
+        self.a, self.b, self.joined = nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(4)
+        self.listed = SimpleNorm(5)
+
+    def forward(self, x):
+        x = (self.norm(self.conv(x)) + self.identity(x)).relu()
+        return self.listed(self.joined(torch.cat([self.a(x), self.b(x)], 1)).sigmoid())
+
+
+def test_what_lies_around_a_norm_that_is_left_is_named():
+    net, x = shaken(Branches()), torch.randn(2, 4, 3, 5)
+    report = normkit.fold(net, x)
+    notes = {row.layer: row.note for row in report.rows}
+    assert notes["norm"] == ""
+    assert notes["identity"].endswith("its output goes to 'add'")
+    assert notes["joined"].endswith("its input comes from 'cat', its output goes to 'sigmoid'")
+    assert notes["listed"].startswith("left: unknown norm: it computes no norm of normkit's")
+
+
+@pytest.mark.parametrize("name", ["tf_mobilenetv3_small_minimal_100", "lcnet_050"])
+def test_models_with_padding_and_activations_of_their_own(name):
+    model, x = create(name), images()
+    before = model(x)
+    report = normkit.fold(model, x)
+    assert report.facts["left"] == 0
+    torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
+
+
+class Nan(nn.Module):
+    def forward(self, x):
+        return x * float("nan")
+
+
+def test_outputs_that_are_not_numbers_are_no_fault_of_a_fold_that_did_nothing():
+    net = nn.Sequential(nn.LayerNorm(4), Nan()).eval()
+    assert normkit.fold(net, torch.randn(2, 4)).facts["folded"] == 0

@@ -238,8 +238,8 @@ def _add_tools(commands: Any) -> None:
     add = tool("swap", "replace the norms of a model, keeping weights and all else", "example")
     add(
         "--to",
-        help="batch, ghost:32, renorm, frozen, sync, instance, group, group:8, layer, rms, none, "
-        "another name of normkit.create (default: normkit's layer of the same kind)",
+        help="a name of normkit.create (group:8, ghost:32), torch, or none (default: normkit's "
+        "layer of the same kind)",
     )
     add("--only", metavar="PATTERN", help=only)
     add("--groups", type=_count, metavar="N", help="at most so many groups (default: 32)")

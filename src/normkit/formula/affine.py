@@ -42,6 +42,19 @@ class Affine(NamedTuple):
             r, d = r * self.weight, d * self.weight
         return Affine(r, d if self.bias is None else d + self.bias, self.conditional)
 
+    def full_rank(self, pool: Pool, x: Tensor) -> Affine:
+        """Both with x's rank, so that they broadcast to x."""
+        return Affine(_full_rank(self.weight, pool, x), _full_rank(self.bias, pool, x), True)
+
+    def applied(self, y: Tensor, mask: Tensor | None) -> Tensor:
+        """y * weight + bias by torch's own operators; both of y's rank. 0 where the mask is."""
+        if self.weight is not None:
+            y = y * self.weight
+        if self.bias is not None:
+            y = y + self.bias
+            y = y if mask is None else y.masked_fill(~mask, 0)
+        return y
+
 
 NO_AFFINE = Affine()
 

@@ -24,7 +24,6 @@ from normkit.runtime import recompute, statistics
 from normkit.runtime.board import NOTHING, board
 from normkit.runtime.statistics import Moments
 
-_NORMS = ("batch", "ghost", "renorm", "backward of a backward")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -47,7 +46,7 @@ class Settings(NamedTuple):
     def numbers(self) -> list[float]:
         dtype = _DTYPES.index(self.dtype) if self.dtype in _DTYPES else len(_DTYPES)
         momentum = -1.0 if self.momentum is None else self.momentum
-        norm = _NORMS.index(self.norm)
+        norm = int.from_bytes(self.norm.encode()[:6], "big")  # exact in float64
         return [self.channels, dtype, norm, self.eps, momentum, self.input_gradient]
 
     def texts(self) -> dict[str, str]:

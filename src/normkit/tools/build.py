@@ -10,19 +10,25 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit import layers
-from normkit.factory import create
+from normkit.factory import NORMS, Entry, arguments, name_of
 from normkit.runtime.readers import move_hooks
-from normkit.tools.norms import ACTIVATIONS, Norm, is_synchronized, process_group_of
+from normkit.tools.followed import of_torch
+from normkit.tools.known import (
+    ACTIVATIONS,
+    Norm,
+    holds_state,
+    is_synchronized,
+    process_group_of,
+)
 
 Make = Callable[[int], nn.Module]
 
-KINDS = (
-    *("batch", "ghost", "renorm", "frozen", "sync", "instance", "group", "layer", "rms", "none"),
-)
+KINDS = (*(name for name, entry in NORMS.items() if entry.pool is not None), "torch", "none")
+"""What a norm becomes by its description; a function of the channels makes all others."""
 
-_RUNNING = ("batch", "sync", "ghost", "renorm")
+TARGETS = (*KINDS, *(name for name in NORMS if name not in KINDS))
 
-_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_TENSORS = ("weight", "bias", "tau", "running_mean", "running_var", "num_batches_tracked")
 
 
 def group_count(channels: int, most: int = 32) -> int:
@@ -35,47 +41,82 @@ def group_count(channels: int, most: int = 32) -> int:
 def make(kind: str, norm: Norm, number: int = 32, process_group: Any = None) -> nn.Module:
     """A layer of the kind, with the old norm's shape, eps, momentum and activation.
 
-    `number` is that of "group:8" and "ghost:32". Batch renorm has a momentum of its own.
+    `number` is that of "group:8" and "ghost:32". Batch renorm has a momentum of its own. "torch"
+    makes torch's layer of the norm's own kind, and "none" the identity; neither has the activation.
     """
-    (channels, *_), first = norm.shape, norm.channels_first
-    eps = 1e-5 if norm.eps is None else norm.eps
-    batch: dict[str, Any] = {"eps": eps}
-    if norm.kind in _RUNNING or norm.kind == "instance":
-        batch["momentum"] = norm.momentum
-    if norm.kind in _RUNNING:
-        batch["track_running_stats"] = norm.tracks
-    match kind:
-        case "none":
-            return nn.Identity() if norm.act is None else ACTIVATIONS[norm.act]()
-        case "batch" if norm.dims is None or norm.act:
-            return layers.BatchNorm(channels, **batch, act=norm.act)
-        case "ghost":
-            return create(f"ghost:{norm.ghost_size or number}", channels, **batch, act=norm.act)
-        case "renorm" | "frozen":
-            return create(kind, channels, eps=eps, act=norm.act)
-        case "batch":
-            return getattr(layers, f"BatchNorm{norm.dims}d")(channels, **batch)
-        case "sync":
-            batch["process_group"] = norm.process_group if process_group is None else process_group
-            new = layers.SyncBatchNorm(channels, **batch, act=norm.act)
-            if norm.dims is not None:
-                new.ranks = getattr(layers, f"BatchNorm{norm.dims}d").ranks
-            return new
-        case "instance":
-            tracks = norm.kind == "instance" and norm.tracks
-            batch |= {"affine": True, "track_running_stats": tracks, "act": norm.act}
-            return getattr(layers, f"InstanceNorm{f'{norm.dims}d' if norm.dims else ''}")(
-                channels, **batch
-            )
-        case "group":
-            return layers.GroupNorm(
-                norm.groups or group_count(channels, number), channels, eps, act=norm.act
-            )
-        case "layer":
-            return layers.LayerNorm(norm.shape, eps, channels_first=first, act=norm.act)
-        case "rms":
-            return layers.RMSNorm(norm.shape, norm.eps, channels_first=first, act=norm.act)
-    raise AssertionError(kind)
+    if kind == "none":
+        return nn.Identity()
+    target = norm.kind if kind == "torch" else kind
+    entry = NORMS[target]
+    act = norm.act if norm.act != "?" and kind != "torch" else None
+    layer = _class_for(entry, norm.dims, act)
+    if kind == "torch":
+        found = of_torch(layer)
+        assert found is not None
+        layer = found
+    channels = norm.shape[0]
+    given = {
+        "num_features": channels,
+        "num_channels": channels,
+        "normalized_shape": norm.shape,
+        "num_groups": norm.groups or group_count(channels, number),
+        "ghost_size": norm.ghost_size or number,
+        "process_group": norm.process_group if process_group is None else process_group,
+        "channels_first": norm.channels_first,
+        "zero_centered_weight": norm.zero_centered_weight,
+        "cast_before_affine": norm.cast_before_affine,
+        "memory_format": norm.memory_format,
+        "tlu": norm.tlu,
+        "affine": True,
+        "act": act,
+    }
+    if norm.eps is not None or target == norm.kind:
+        given["eps"] = norm.eps
+    if norm.entry.removes_channel_means and not entry.own_momentum:
+        given["momentum"] = norm.momentum
+    if norm.entry.pool == entry.pool:
+        given["track_running_stats"] = norm.tracks
+    new = layer(**{name: given[name] for name in arguments(layer) if name in given})
+    if isinstance(new, layers._BatchLayer) and norm.dims is not None:
+        new.ranks = NORMS["batch"].ranked[norm.dims - 1].ranks  # type: ignore[attr-defined]
+    return new
+
+
+def _class_for(entry: Entry, dims: int | None, act: str | None) -> type[nn.Module]:
+    """The class named as torch's where the number of axes is known, if it takes the activation."""
+    if dims is not None and entry.ranked:
+        ranked = entry.ranked[dims - 1]
+        if act is None or "act" in arguments(ranked):
+            return ranked
+    return entry.layer
+
+
+def why_not_torch(module: nn.Module, norm: Norm) -> str | None:
+    """Why torch has no layer that computes what this one does."""
+    if why := holds_state(module):
+        return f"{why}, which torch's can't"
+    if norm.channels_first and norm.entry.pool == "row":
+        return "torch's normalizes the last axes, and its channels lie on axis 1"
+    if norm.zero_centered_weight:
+        return "torch's has no 1 + weight"
+    if norm.cast_before_affine:
+        return "torch's doesn't round before weight and bias"
+    if norm.memory_format is not None:
+        return f"torch's gives other strides ({norm.memory_format})"
+    if of_torch(_class_for(norm.entry, norm.dims, None)) is None:
+        if norm.entry.ranked:
+            return "torch's is made for a number of axes, which this layer doesn't say"
+        return "torch has none of its kind"
+    return None
+
+
+def behind(old: nn.Module, norm: Norm) -> dict[str, nn.Module]:
+    """The modules that must follow a layer without an activation inside, by their names."""
+    children = {name: child for name in norm.behind if (child := old._modules[name]) is not None}
+    if norm.act not in (None, "?"):
+        own = old._modules.get("act")
+        children["act"] = ACTIVATIONS[norm.act]() if own is None else own
+    return children
 
 
 def adopt(
@@ -124,13 +165,17 @@ def adopt(
             new.freeze()
         if old.micro_batches > 1 and not isinstance(new, layers.FrozenBatchNorm):
             new.accumulate(old.micro_batches)
-    if isinstance(new, layers.GhostBatchNorm | layers.BatchRenorm) and is_synchronized(old):
-        new.synchronize(process_group_of(old))
+    kind = name_of(type(new))
+    if kind is not None and NORMS[kind].variant and is_synchronized(old):
+        new.synchronize(process_group_of(old))  # type: ignore[operator]
         notes.append("synchronized, as it was")
-    if isinstance(new, layers.BatchRenorm) and getattr(old, "momentum", None) != new.momentum:
-        notes.append(f"momentum is {new.momentum:g}, renorm's own")
+    momentum = getattr(new, "momentum", None)
+    if kind is not None and NORMS[kind].own_momentum and getattr(old, "momentum", None) != momentum:
+        notes.append(f"momentum is {momentum:g}, {kind}'s own")
+    theirs = set(old.modules())
     for module in new.modules():
-        module.training = old.training
+        if module not in theirs:
+            module.training = old.training
     move_hooks(old, new)
     return went, "; ".join(notes)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.formula.spec import float64
+from normkit.tools.build import behind
 from normkit.tools.flow import LINEAR, Flow, Op
 from normkit.tools.model import (
     Forward,
@@ -27,7 +28,7 @@ from normkit.tools.model import (
     outputs,
     taken,
 )
-from normkit.tools.norms import ACTIVATIONS, is_norm, read
+from normkit.tools.norms import Unknown, identify, read
 from normkit.tools.restore import preserved, undone_on_failure
 from normkit.tools.table import Report
 
@@ -92,7 +93,9 @@ def fold(
     a norm after:  W' = a W, b' = a b + s;    a norm before:  W' = W a, b' = b + W s
 
     computed in float64, for Conv1d/2d/3d, transposed and grouped, and Linear. The norm's place
-    takes the activation inside it, or the identity. A norm before a layer is folded only where
+    takes the activation inside it, or the identity. A layer with a forward of its own, as one that
+    pads its input itself, is taken where that is seen to be linear in weight and bias. A norm
+    before a layer is folded only where
     that is exact: zero padding pads what the norm puts out, and a transposed convolution's border
     adds fewer taps, so there s must be 0.
 
@@ -147,7 +150,7 @@ def fold(
         change, most = largest(before, after), largest(before)
         allowed = max((TOLERANCE[pair.weight.dtype] for pair in pairs), default=0.0)
         allowed = allowed if tolerance is None else tolerance
-        if not change <= allowed * most:
+        if pairs and not change <= allowed * most:
             worst = pairs[errors.index(max(errors))]
             raise ToolError(
                 f"folding changes the model's output by {change:.2g} where its largest value is "
@@ -171,7 +174,7 @@ def _pairs(model: nn.Module, flow: Flow, only: Only) -> tuple[list[_Pair], dict[
     rows = {
         name: Folded(name, "-", None, "left: the example doesn't reach it")
         for name, module in model.named_modules()
-        if is_norm(module) and chosen(only, name, module)
+        if identify(module) and chosen(only, name, module)
     }
     for op in flow.ops:
         if op.name not in rows or op.module is None:
@@ -193,7 +196,7 @@ def _pair(op: Op, flow: Flow, calls: Counter[nn.Module], places: Counter[int]) -
     x, reasons = op.inputs[0], []
     prior = flow.producer(x)
     if prior is not None and isinstance(prior.module, LINEAR):
-        why = _unsuited(prior, calls, places)
+        why = _unsuited(prior, calls, places) or _nonlinear(prior, after=True)
         if flow.consumers(x) != [op]:
             others = ", ".join(o.name for o in flow.consumers(x) if o is not op)
             why = f"the output of {prior.name} is also used by {others}"
@@ -202,24 +205,33 @@ def _pair(op: Op, flow: Flow, calls: Counter[nn.Module], places: Counter[int]) -
         if why is None:
             return _Pair(op, prior, after=True)
         reasons.append(why)
-    behind = flow.consumers(op.output) if op.output is not None else []
-    if len(behind) == 1 and isinstance(behind[0].module, LINEAR):
-        why = _unsuited(behind[0], calls, places) or _inexact(norm, behind[0].module)
-        if _epilogue(norm) is not None and not isinstance(_epilogue(norm), nn.Identity):
-            why = f"the activation inside lies between it and {behind[0].name}"
-        if x.dim() != _rank(behind[0].module):
-            why = f"its channels are not those of {behind[0].name} (axis 1 of {x.dim()} axes)"
+    readers = flow.consumers(op.output) if op.output is not None else []
+    if len(readers) == 1 and isinstance(readers[0].module, LINEAR):
+        (reader,) = readers
+        why = _unsuited(reader, calls, places) or _inexact(norm, readers[0].module)
+        why = why or _nonlinear(reader, after=False)
+        if not isinstance(_epilogue(norm), nn.Identity):
+            why = f"the activation inside lies between it and {reader.name}"
+        if x.dim() != _rank(readers[0].module):
+            why = f"its channels are not those of {reader.name} (axis 1 of {x.dim()} axes)"
         if why is None:
-            return _Pair(op, behind[0], after=False)
+            return _Pair(op, reader, after=False)
         reasons.append(why)
-    return "; ".join(reasons) or "no convolution or linear layer directly before or after it"
+    source = "the model's input" if prior is None else f"{prior.name!r}"
+    names = dict.fromkeys(r.name for r in readers if not r.name.startswith(f"{op.name}."))
+    into = ", ".join(map(repr, names)) or "nothing"
+    return "; ".join(reasons) or (
+        "no convolution or linear layer directly before or after it: its input comes from "
+        f"{source}, its output goes to {into}"
+    )
 
 
 def _unfoldable(op: Op, calls: Counter[nn.Module]) -> str | None:
     assert op.module is not None
-    norm = read(op.module)
-    if norm is None:
-        return f"{type(op.module).__name__} has a forward of its own"
+    norm = identify(op.module)
+    assert norm is not None
+    if isinstance(norm, Unknown):
+        return f"unknown norm: {norm.why}"
     if not norm.tracks:
         return "its statistics come from the input"
     if calls[op.module] > 1:
@@ -230,15 +242,13 @@ def _unfoldable(op: Op, calls: Counter[nn.Module]) -> str | None:
         return "it is in training mode"
     if _has_hooks(op.module):
         return "it has hooks, which would be lost"
-    if _epilogue(op.module) is None:
-        return "the dropout inside can't be kept"
     return None
 
 
 def _unsuited(op: Op, calls: Counter[nn.Module], places: Counter[int]) -> str | None:
     module: Any = op.module
-    if not any(type(module).forward is kind.forward for kind in LINEAR):
-        return f"{op.name} ({type(module).__name__}) has a forward of its own"
+    if not op.plain:
+        return f"{op.name} is called with more than its input"
     if parametrize.is_parametrized(module):
         return (
             f"{op.name} is parametrized; torch.nn.utils.parametrize.remove_parametrizations "
@@ -259,6 +269,8 @@ def _inexact(norm: nn.Module, linear: nn.Module) -> str | None:
     if isinstance(linear, _TRANSPOSED):
         return "before a transposed convolution a shift isn't the same everywhere"
     conv: Any = linear
+    if _own_forward(conv):
+        return f"{type(conv).__name__} may pad what it gets, and the norm has a shift"
     pads = conv.padding != "valid" if isinstance(conv.padding, str) else any(conv.padding)
     if pads and conv.padding_mode == "zeros" and math.prod(conv.kernel_size) > 1:
         return "zero padding comes between: it pads the norm's output, which has a shift"
@@ -273,44 +285,85 @@ def _rank(linear: nn.Module) -> int:
     return 2 if isinstance(linear, nn.Linear) else 2 + len(linear.kernel_size)  # type: ignore[arg-type]
 
 
-def _epilogue(norm: nn.Module | None) -> nn.Module | None:
-    """What stays in the norm's place; None where that can't be told."""
+def _own_forward(linear: nn.Module) -> bool:
+    return "forward" in vars(linear) or all(type(linear).forward is not k.forward for k in LINEAR)
+
+
+@torch.no_grad()
+def _nonlinear(op: Op, *, after: bool) -> str | None:
+    """Why a norm can't go into a layer with a forward of its own; None where it can.
+
+    A convolution that pads its input itself is linear in its weight as torch's is; one that
+    standardizes its weight isn't. It is tried: f(x; W', b') is a f(x; W, b) + s for a norm after,
+    f(a x; W, b) for one before, with a and s at random.
+    """
+    linear: Any = op.module
+    if not _own_forward(linear):
+        return None
+    weight = linear.weight
+    generator = torch.Generator().manual_seed(0)
+    plain, changed = copying.deepcopy(linear), copying.deepcopy(linear)
+    axis = 1 if after or isinstance(linear, nn.Linear) or op.inputs[0].dim() > 2 else -1
+    channels = op.output.shape[1] if after and op.output is not None else op.inputs[0].shape[1]
+    a, s = (torch.randn(channels, generator=generator, dtype=torch.float64) for _ in range(2))
+    a, s = a.to(weight.device), (s if after else 0 * s).to(weight.device)
+    x = torch.randn(op.inputs[0].shape, generator=generator).to(op.inputs[0])
+    over = [1 if i != axis else -1 for i in range(x.dim())]
+    _give(changed, *_folded(linear, a, s, after))
+    if after:
+        y, z = changed.forward(x), plain.forward(x) * a.view(over) + s.view(over)
+    else:
+        y, z = changed.forward(x), plain.forward((x * a.view(over)).to(x))
+    if y.shape == z.shape and largest([y], [z]) <= TOLERANCE[weight.dtype] * largest([z]):
+        return None
+    return f"{op.name} ({type(linear).__name__}) has a forward that isn't linear in its weight"
+
+
+def _epilogue(norm: nn.Module | None) -> nn.Module:
+    """What stays in the norm's place: the modules inside behind it, or the identity."""
     assert norm is not None
     known = read(norm)
     assert known is not None
-    if known.act != "?":
-        return nn.Identity() if known.act is None else ACTIVATIONS[known.act]()
-    drop, act = getattr(norm, "drop", None), norm.act
-    return act if isinstance(drop, nn.Identity) and isinstance(act, nn.Module) else None
+    assert known.eps is not None
+    children = list(behind(norm, known).values())
+    if len(children) == 1:
+        return children[0]
+    return nn.Sequential(*children) if children else nn.Identity()
 
 
 def _constants(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """a and s of y = a x + s, in float64."""
     m: Any = norm
-    a = (float64(m.running_var) + m.eps).rsqrt()
+    known = read(norm)
+    assert known is not None
+    assert known.eps is not None
+    a = (float64(m.running_var) + known.eps).rsqrt()
     if m.weight is not None:
         a = a * float64(m.weight)
     s = -float64(m.running_mean) * a
     return a, s if m.bias is None else s + float64(m.bias)
 
 
-@torch.no_grad()
-def _folded(pair: _Pair) -> tuple[Tensor, Tensor]:
+def _folded_pair(pair: _Pair) -> tuple[Tensor, Tensor]:
     """The linear layer's new weight and bias."""
-    linear: Any = pair.linear.module
     assert pair.norm.module is not None
-    a, s = _constants(pair.norm.module)
+    return _folded(pair.linear.module, *_constants(pair.norm.module), pair.after)
+
+
+@torch.no_grad()
+def _folded(linear: Any, a: Tensor, s: Tensor, after: bool) -> tuple[Tensor, Tensor]:
+    """Weight and bias with y -> a y + s after the layer, or x -> a x + s before it, inside."""
     w = float64(linear.weight)
     groups = getattr(linear, "groups", 1)
     # (g, in or out of a group, out or in of a group, *kernel); transposed ones hold in first.
     w = w.unflatten(0, (groups, -1))
     outer, inner = (2, 1) if isinstance(linear, _TRANSPOSED) else (1, 2)
-    channels = outer if pair.after else inner
+    channels = outer if after else inner
     along = [1] * w.dim()
     along[0], along[channels] = groups, -1
     out = w.shape[0] * w.shape[outer]
     b = a.new_zeros(out) if linear.bias is None else float64(linear.bias)
-    if pair.after:
+    if after:
         b = a * b + s
     else:
         shifted = (w * s.reshape(along)).flatten(3).sum(-1) if w.dim() > 3 else w * s.reshape(along)
@@ -324,9 +377,8 @@ def _put(model: nn.Module, pair: _Pair) -> None:
     assert linear is not None
     assert norm is not None
     rest = _epilogue(norm)
-    assert rest is not None
     rest.training = norm.training
-    _give(linear, *_folded(pair))
+    _give(linear, *_folded_pair(pair))
     for parent in model.modules():
         for key, child in parent._modules.items():
             if child is norm:
@@ -350,8 +402,7 @@ def _errors(model: nn.Module, pairs: list[_Pair], call: Callable[[], Any]) -> li
     def hooks(pair: _Pair) -> tuple[Any, Any]:
         alone, rest = copying.deepcopy(pair.linear.module), _epilogue(pair.norm.module)
         assert alone is not None
-        assert rest is not None
-        _give(alone, *_folded(pair))
+        _give(alone, *_folded_pair(pair))
         kept = nn.Sequential(alone, *([copying.deepcopy(rest)] if pair.after else []))
 
         def before(_: nn.Module, args: tuple[Any, ...]) -> None:

@@ -44,7 +44,7 @@ def fuse(
         ToolError: the example can't be run in one of the modes, puts out no tensor, or its output
             changes by more than `fold`'s tolerance. The model is then as it was.
     """
-    free = [m for m in norms if isinstance(m, _Norm) and m.act is None and read(m) is not None]
+    free = [m for m in norms if isinstance(m, _Norm) and _takes_act(m) and read(m) is not None]
     if not free:
         return {}, {}
     model = inner(model)
@@ -62,6 +62,11 @@ def fuse(
         for mode in modes if acts else ():
             _compare(before[mode], _run(model, mode, example, forward), mode, watch.tolerance)
     return acts, {norm: watch.left[norm] for norm in free if norm not in acts}
+
+
+def _takes_act(norm: _Norm) -> bool:
+    """Whether the layer has no activation; of a subclass `act` is the user's own attribute."""
+    return norm._act is None and type(norm).__module__ == _Norm.__module__
 
 
 class _Watch:

@@ -23,6 +23,7 @@ from normkit.tools.model import (
     inner,
     taken,
 )
+from normkit.tools.norms import unknown_norms
 from normkit.tools.page import page
 from normkit.tools.recalibrate import recalibrate
 from normkit.tools.restore import preserved, undone_on_failure
@@ -64,6 +65,7 @@ class Inspection(Report):
         lines += [f"note {note}" for note in self.notes]
         lines += [f"mended {f.where}: {f.code} {f.name}: {f.measured}" for f in self.mended]
         norms = f"{self.facts['norms']} norms, {self.facts['batches']} batches"
+        lines += [f"{n}: unknown norm: {w}" for n, w in self.facts.get("unknown norms", {}).items()]
         count = len(self.rows)
         said = "no findings" if not count else f"{count} finding{'s' * (count > 1)}"
         seen = self.layers or self.rows
@@ -119,9 +121,9 @@ def inspect(
     given = taken(model)
     model = inner(given)
     ignored = set(ignore)
-    if unknown := ignored - {rule.code for rule in RULES}:
+    if missing := ignored - {rule.code for rule in RULES}:
         raise ToolError(
-            f"unknown code {sorted(unknown)[0]!r}; known: {', '.join(r.code for r in RULES)}"
+            f"unknown code {sorted(missing)[0]!r}; known: {', '.join(r.code for r in RULES)}"
         )
     check_loader(loader)
     if batches < 1:
@@ -139,10 +141,13 @@ def inspect(
         lonely = _lonely(trials, loader)
         facts = measure(trials, optimizer, lonely, gradients=loss is not None)
         findings = _causes(facts, rules)
+    counts: dict[str, Any] = {"norms": len(facts.layers), "batches": len(train)}
+    if found := unknown_norms(model):
+        counts["unknown norms"] = found
     report = Inspection(
         given,
         [f for f in findings if not f.note],
-        {"norms": len(facts.layers), "batches": len(train)},
+        counts,
         [f for f in findings if f.note],
         facts.layers,
     )

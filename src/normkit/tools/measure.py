@@ -80,11 +80,7 @@ class Layer:
     @property
     def pools_samples(self) -> bool:
         """Whether training normalizes by statistics over the samples of a batch."""
-        return (
-            self.norm is not None
-            and self.norm.kind in ("batch", "sync", "ghost", "renorm")
-            and not self.frozen
-        )
+        return self.norm is not None and self.norm.entry.by_batch and not self.frozen
 
     @property
     def uses_batch(self) -> bool:
@@ -390,12 +386,12 @@ def _values(layer: Layer, x: Tensor) -> int:
     positions = math.prod(x.shape[2:])
     if layer.norm is None:
         return 0
-    match layer.norm.kind:
-        case "instance":
+    match layer.norm.entry.pool:
+        case "positions":
             return positions
         case "group":
             return x.shape[1] // (layer.norm.groups or 1) * positions
-        case "layer" | "rms":
+        case "row":
             return math.prod(layer.norm.shape)
         case _:
             return x.shape[0] * positions

@@ -133,7 +133,7 @@ def redundant_bias(facts: Facts, threshold: float) -> Iterator[Found]:
     hits: dict[str, tuple[Layer, Any]] = {}
     for layer in facts.layers:
         linear: Any = layer.before.module if layer.before else None
-        removes = layer.norm is not None and layer.norm.kind in _SUBTRACT_CHANNEL_MEANS
+        removes = layer.norm is not None and layer.norm.entry.removes_channel_means
         if not removes or layer.frozen or not layer.alone or not isinstance(linear, LINEAR):
             continue
         axes = 2 if isinstance(linear, nn.Linear) else 2 + len(linear.kernel_size)
@@ -483,7 +483,7 @@ def padding(facts: Facts, threshold: float) -> Iterator[Found]:
         layer
         for layer in facts.layers
         if layer.norm is not None
-        and layer.norm.kind in (*_SUBTRACT_CHANNEL_MEANS, "group")
+        and layer.norm.entry.pool in ("batch", "positions", "group")
         and not layer.frozen
         and (layer.padded or 0.0) > threshold
     ]
@@ -902,7 +902,6 @@ def input_scale(facts: Facts, threshold: float) -> Iterator[Found]:
 
 RULES.sort(key=lambda rule: rule.code)
 
-_SUBTRACT_CHANNEL_MEANS = ("batch", "sync", "ghost", "renorm", "instance")
 _FEWEST_BATCHES = 4
 """Fewer may differ by chance."""
 

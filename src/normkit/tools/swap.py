@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 from normkit.factory import NORMS, create
-from normkit.tools.build import KINDS, Make, adopt, make, tensor_like
+from normkit.layers import _Norm
+from normkit.tools.build import (
+    KINDS,
+    TARGETS,
+    Make,
+    adopt,
+    behind,
+    make,
+    tensor_like,
+    why_not_torch,
+)
+from normkit.tools.followed import Followed, follow, of_torch
 from normkit.tools.fuse import fuse as fuse_activations
 from normkit.tools.model import (
     Forward,
@@ -24,7 +35,7 @@ from normkit.tools.model import (
     outputs,
     taken,
 )
-from normkit.tools.norms import Norm, is_norm, read
+from normkit.tools.norms import Norm, Unknown, identify
 from normkit.tools.restore import undone_on_failure
 from normkit.tools.table import Report
 
@@ -62,11 +73,12 @@ def swap(
 
     Args:
         model: any module. Where it is itself a norm, the report's `.model` is the new one.
-        to: None makes normkit's layer of every norm of torch, timm, torchvision and detectron2: the
-            same function. Else "batch", "ghost:32", "renorm", "frozen", "sync", "instance", "group"
-            or "group:8" (`groups=8`), "layer" (over the channels), "rms", "none" (the identity);
-            another name that `normkit.create` knows; or a function of the number of channels that
-            returns a module.
+        to: None makes normkit's layer of every norm that is known, by its class (torch, timm,
+            torchvision, detectron2) or by what it computes (`normkit.tools.recognize`): the same
+            function. "torch" makes torch's layers of them again. Else "batch", "ghost:32",
+            "renorm", "frozen", "sync", "instance", "group" or "group:8" (`groups=8`), "layer" (over
+            the channels), "rms", "none" (the identity); another name that `normkit.create` knows;
+            or a function of the number of channels that returns a module.
         only: a pattern for names ("layer1.*"), or a predicate of name and module.
         groups: at most so many groups: the largest number that divides the channels and leaves two
             or more channels to a group. A group norm keeps its own.
@@ -85,10 +97,13 @@ def swap(
             of the old layer where that was synchronized.
 
     Norms over the last axes become "layer", "rms" or "none" only: the channels of all others lie on
-    axis 1. A layer that is left as it was is in the report with the reason.
+    axis 1. An activation inside that no norm fuses follows the new norm, as a child of its old
+    name. A layer that is left as it was is in the report with the reason, one that looks like a
+    norm and isn't known among them.
 
     Returns:
-        a report with one `Swapped` a layer; facts: how many were swapped and left, what happened
+        a report with one `Swapped` a layer; facts: how many were swapped and left, how many of
+        those are unknown norms, what happened
         to the optimizer, with an example the largest change of the output and the largest output.
 
     Raises:
@@ -136,7 +151,10 @@ def swap(
 
 def _counts(rows: list[Swapped]) -> dict[str, Any]:
     left = sum(row.note.startswith("left: ") for row in rows)
+    unknown = sum(row.note.startswith("left: unknown norm") for row in rows)
     facts: dict[str, Any] = {"swapped": len(rows) - left, "left": left}
+    if unknown:
+        facts["unknown norms"] = unknown
     return facts if rows else facts | {"note": "no norms here; nothing to do"}
 
 
@@ -151,7 +169,7 @@ def _kind(to: str | Make | None, groups: int) -> tuple[str | None, Make | None, 
         return "function", functools.partial(create, to), groups
     if kind not in KINDS:
         raise ToolError(
-            f"unknown to={to!r}; known: None, {', '.join(sorted({*KINDS, *NORMS}))}, or a function "
+            f"unknown to={to!r}; known: None, {', '.join(TARGETS)}, or a function "
             "of the number of channels"
         )
     numbered = {"ghost": True, "group": bool(number)}.get(kind, False)
@@ -189,12 +207,12 @@ def _swap_all(
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module | None, str, str, nn.Module]]:
     """Every place of a norm: (parent, key there, full name, norm), shared ones several times."""
-    if is_norm(model):
+    if identify(model):
         yield None, "", "", model
         return
     for path, parent in model.named_modules():
         for key, child in parent._modules.items():
-            if child is not None and is_norm(child):
+            if child is not None and identify(child):
                 yield parent, key, f"{path}.{key}" if path else key, child
 
 
@@ -213,28 +231,44 @@ def _replacement(
     if norm is None:
         return module, Swapped(name or "the model", was, "-", "-", f"left: {why}")
     new = make(kind or norm.kind, norm, number, process_group) if to is None else to(norm.shape[0])
-    affine, note = adopt(module, new, tensor_like(module, model), keep_affine=to is None)
     now = type(new).__name__
     if isinstance(new, nn.GroupNorm):
         now += f"({new.num_groups} groups)"
+    if kind in ("none", "torch") or norm.act == "?":
+        children = behind(module, norm)
+        follow(new, children)
+        now = ", ".join([now, *(type(child).__name__ for child in children.values())])
+    affine, note = adopt(module, new, tensor_like(module, model), keep_affine=to is None)
+    if kind is None:
+        note = "; ".join(filter(None, (note, norm.note)))
     return new, Swapped(name or "the model", was, now, ", ".join(affine) or "-", note)
 
 
 def _taken(module: nn.Module, kind: str | None) -> tuple[Norm | None, str]:
     """(what norm it is, ""), or (None, why it is left)."""
-    norm = read(module)
-    if norm is None:
-        return None, f"{type(module).__name__} has a forward of its own"
-    if norm.act == "?":
-        return None, "normkit has no counterpart of the activation or dropout inside"
-    if kind is None and type(module).__module__.startswith("normkit."):
+    norm = identify(module)
+    assert norm is not None
+    if isinstance(norm, Unknown):
+        return None, f"unknown norm: {norm.why}"
+    if kind is None and isinstance(module, _Norm):
         return None, "normkit's already"
+    if kind == "torch":
+        layer = type(module).__bases__[1] if isinstance(module, Followed) else type(module)
+        if of_torch(layer) is layer:
+            return None, "torch's already"
+        why = why_not_torch(module, norm)
+        return (None, why) if why else (norm, "")
+    if kind is not None and norm.entry.pool is None and kind != "none":
+        return None, f"its weight and bias belong to another formula ({norm.kind})"
     if kind == "frozen" and not norm.tracks:
         return None, "it has no running statistics to freeze"
     if not norm.channels_first and kind not in (None, "layer", "rms", "none"):
         return None, "it normalizes the last axes; the new layer's channels lie on axis 1"
+    if norm.zero_centered_weight and kind not in (None, "rms", "none"):
+        return None, f"it scales by 1 + weight, and {kind} by weight"
     if norm.act and kind == "function":
-        return None, f"the new layer would lose the activation inside ({norm.act})"
+        inside = ", ".join(type(module._modules[n]).__name__ for n in norm.behind) or norm.act
+        return None, f"the new layer would lose the activation inside ({inside})"
     return norm, ""
 
 
