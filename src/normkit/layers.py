@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Self
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -22,6 +23,7 @@ from normkit import functional
 from normkit.backend import aten
 from normkit.formula import checks
 from normkit.formula.spec import check_act, check_eps, check_momentum
+from normkit.runtime.eager import calls
 from normkit.runtime.sync import Merge, let_ddp_take
 
 
@@ -106,6 +108,8 @@ class _BatchLayer(_Norm, _BatchNorm):
     frozen: bool = False
     micro_batches: int = 1
     merge: Merge | None = None
+    by_batch: bool = True
+    """Whether training normalizes by the statistics of the whole batch, and by nothing else."""
 
     @functools.wraps(_BatchNorm.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -125,6 +129,10 @@ class _BatchLayer(_Norm, _BatchNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
+        if not is_compiling():
+            y = calls.batch_layer(self, input, mask, residual, weight, bias)
+            if y is not NotImplemented:
+                return y
         function, own = self._formula()
         running_mean, running_var = self.running_mean, self.running_var
         tracked = running_mean is not None and running_var is not None
@@ -476,6 +484,8 @@ class GhostBatchNorm(BatchNorm):
     State: as `BatchNorm`'s. Formula, errors and source: `normkit.functional.batch_norm`.
     """
 
+    by_batch = False
+
     def __init__(self, num_features: int, ghost_size: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
         self.ghost_size = ghost_size
@@ -511,6 +521,8 @@ class BatchRenorm(BatchNorm):
 
     State: as `BatchNorm`'s. Formula, errors and source: `normkit.functional.batch_renorm`.
     """
+
+    by_batch = False
 
     def __init__(
         self,
@@ -564,6 +576,10 @@ class _InstanceLayer(_Norm, _InstanceNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
+        if not is_compiling():
+            y = calls.instance_layer(self, input, mask, residual, weight, bias)
+            if y is not NotImplemented:
+                return y
         if self.training and self.track_running_stats:
             self._warn_if_exported()
         unbatched = self.unbatched_rank
@@ -661,6 +677,10 @@ class GroupNorm(_Norm, nn.GroupNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
+        if not is_compiling():
+            y = calls.group_layer(self, input, mask, residual, weight, bias)
+            if y is not NotImplemented:
+                return y
         try:
             return functional.group_norm(
                 input,
@@ -728,6 +748,10 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
 
         `weight` and `bias`, per sample or broadcasting to input, take the place of the layer's own.
         """
+        if not is_compiling():
+            y = calls.layer_norm_layer(self, input, mask, add, weight, bias)
+            if y is not NotImplemented:
+                return y
         try:
             return functional.layer_norm(
                 input,
@@ -791,6 +815,10 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
         `weight`, per sample or broadcasting to input, takes the place of the layer's own; `bias`
         is added.
         """
+        if not is_compiling():
+            y = calls.rms_norm_layer(self, input, mask, add, weight, bias)
+            if y is not NotImplemented:
+                return y
         try:
             return functional.rms_norm(
                 input,
