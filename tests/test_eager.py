@@ -403,10 +403,11 @@ def _says_alone():
 def test_errors_are_those_of_python(layer, shape):
     x = torch.randn(shape)
     before = eager.calls.taken()
-    with pytest.raises(ValueError) as found:
+    named = type(layer).__name__
+    with pytest.raises(ValueError, match=named) as found:
         layer(x)
     assert eager.calls.taken() == before
-    with backend.watch(), pytest.raises(ValueError) as expected:
+    with backend.watch(), pytest.raises(ValueError, match=named) as expected:
         layer(x)
     assert str(found.value) == str(expected.value)
     assert str(layer) in str(found.value)
