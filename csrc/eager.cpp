@@ -149,7 +149,10 @@ enum Summed : int64_t { kNS, kS, kKS, kK };
 enum Act : int64_t { kNone, kRelu, kLeakyRelu };
 
 void push(torch::jit::Stack& stack, const Formula& f) {
-  stack.insert(stack.end(), {f.summed, f.groups, f.trailing, f.eps, f.center, f.act});
+  for (int64_t number : {f.summed, f.groups, f.trailing}) stack.emplace_back(number);
+  stack.emplace_back(f.eps);
+  stack.emplace_back(f.center);
+  stack.emplace_back(f.act);
 }
 
 // By the dispatcher, so that a profiler sees them.
@@ -239,16 +242,28 @@ struct NormalizeBackward final : torch::autograd::Node {
     Tensor laid_out = laid_out_like(dy, s.x);
     torch::jit::Stack stack;
     stack.reserve(20);
-    for (const Tensor& t : {like(laid_out, s.x), s.x, s.weight, s.bias, s.residual, s.output,
-                            Tensor(), s.mean, s.rstd, Tensor(), Tensor(), like(dtotal, s.x)})
-      push(stack, t);
+    push(stack, like(laid_out, s.x));
+    push(stack, s.x);
+    for (Tensor* t : {&s.weight, &s.bias, &s.residual, &s.output}) push(stack, *t);
+    stack.emplace_back();  // mask
+    push(stack, s.mean);
+    push(stack, s.rstd);
+    stack.emplace_back();  // flat
+    stack.emplace_back();  // steep
+    push(stack, like(dtotal, s.x));
     push(stack, f);
     bool wants_dz = s.residual.defined() || s.output.defined();
-    stack.insert(stack.end(), {f.given, wants_dz});
+    stack.emplace_back(f.given);
+    stack.emplace_back(wants_dz);
     call(OPERATOR("normalize_backward"), stack);
-    auto result = [&](size_t i) { return stack[i].isNone() ? Tensor() : stack[i].toTensor(); };
-    Tensor dx = result(0), dz = wants_dz ? result(3) : laid_out;
-    return {dx, result(1), result(2), has_residual ? dz : Tensor(), has_add ? dx : Tensor()};
+    auto result = [&](size_t i) {
+      return stack[i].isNone() ? Tensor() : std::move(stack[i]).toTensor();
+    };
+    variable_list found(5);
+    for (size_t i = 0; i < 3; ++i) found[i] = result(i);
+    if (has_residual) found[3] = wants_dz ? result(3) : laid_out;
+    if (has_add) found[4] = found[0];
+    return found;
   }
 
   void release_variables() override {
@@ -341,7 +356,7 @@ PyObject* run(Call& c) {
     push(stack, c.weight);
     push(stack, c.bias);
     if (!c.add.defined()) push(stack, c.residual);
-    push(stack, Tensor());
+    stack.emplace_back();  // mask
     if (!c.add.defined()) push(stack, c.mean), push(stack, c.var);
     push(stack, c.f);
     call(c.add.defined()     ? OPERATOR("add_normalize")
@@ -351,8 +366,11 @@ PyObject* run(Call& c) {
     if (c.moves()) {
       torch::jit::Stack move;
       move.reserve(7);
-      for (const Tensor& t : {c.running_mean, c.running_var, c.batches}) push(move, t);
-      move.insert(move.end(), {stack[1], stack[3], c.momentum, c.unbias});
+      for (const Tensor* t : {&c.running_mean, &c.running_var, &c.batches}) push(move, *t);
+      push(move, stack[1].toTensor());
+      push(move, stack[3].toTensor());
+      move.emplace_back(c.momentum);
+      move.emplace_back(c.unbias);
       call(OPERATOR("move"), move);
     }
   }

@@ -24,10 +24,10 @@ def cases() -> Iterator[Case]:
             for norm in ROW_NORMS:
                 if shape[0] > 1 or not norm.name.startswith("BN"):
                     yield Case(norm, shape, "contiguous", torch.float32, mode)
-        for shape in IMAGES:
+        for image in IMAGES:
             for norm in IMAGE_NORMS:
-                if shape[1] % norm.multiple == 0:
-                    yield Case(norm, shape, "contiguous", torch.float32, mode)
+                if image[1] % norm.multiple == 0:
+                    yield Case(norm, image, "contiguous", torch.float32, mode)
 
 
 def steps(case: Case) -> dict[str, harness.Step]:
