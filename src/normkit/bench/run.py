@@ -61,7 +61,7 @@ def _small_calls(only: str | None, seconds: float) -> list[dict[str, Any]]:
         for case in small.cases():
             name = f"small {case}"
             if only is None or only in name:
-                rows.append(small.row(case, harness.measure(small.steps(case), seconds)))
+                rows.append(small.row(case, harness.measure(small.steps(case), seconds, least=25)))
                 _show(name, rows[-1])
     finally:
         torch.set_num_threads(threads)
