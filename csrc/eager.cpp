@@ -335,9 +335,20 @@ struct Call {
   double momentum = 0, unbias = 1;
 
   bool moves() const { return running_mean.defined(); }
+
+  // Copies, differentiably, what lies in memory as the kernels don't know it.
+  void make_dense() {
+    if (!x.is_contiguous() && (f.trailing || !channels_last(x))) x = x.contiguous();
+    residual = like(residual, x);
+    add = like(add, x);
+  }
 };
 
 PyObject* run(Call& c) {
+  {
+    WithoutGil free;
+    c.make_dense();
+  }
   c10::intrusive_ptr<NormalizeBackward> node;
   if (torch::autograd::compute_requires_grad(c.x, c.weight, c.bias, c.residual, c.add)) {
     node = c10::make_intrusive<NormalizeBackward>();
@@ -443,11 +454,9 @@ bool read_input(PyObject* object, Call& c) {
 }
 
 bool read_channels(PyObject* input, PyObject* weight, PyObject* bias, PyObject* residual, Call& c) {
-  if (!read_input(input, c) || c.x.dim() < 2 || !(c.x.is_contiguous() || channels_last(c.x)))
-    return false;
+  if (!read_input(input, c) || c.x.dim() < 2) return false;
   if (!(read(weight, c.weight) && read(bias, c.bias) && read(residual, c.residual))) return false;
-  if (c.residual.defined() && !(same_shape(c.residual, c.x) && same_strides(c.residual, c.x)))
-    return false;
+  if (c.residual.defined() && !same_shape(c.residual, c.x)) return false;
   int64_t channels[] = {c.x.size(1)};
   return is_plain(c.weight, channels) && is_plain(c.bias, channels);
 }
@@ -670,20 +679,16 @@ bool rows(const RowArguments& a, Call& c) {
     return false;
   if (!a.center && !read(a.zero_centered, zero_centered)) return false;
   auto sizes = c.x.sizes();
-  if (channels_first) {
-    if (shape.size() != 1 || sizes.size() < 2 || sizes[1] != shape[0] ||
-        !(c.x.is_contiguous() || channels_last(c.x)))
-      return false;
-  } else if (sizes.size() < shape.size() || sizes.slice(sizes.size() - shape.size()) !=
-                                                 at::IntArrayRef(shape) || !c.x.is_contiguous()) {
+  if (channels_first ? shape.size() != 1 || sizes.size() < 2 || sizes[1] != shape[0]
+                     : sizes.size() < shape.size() ||
+                           sizes.slice(sizes.size() - shape.size()) != at::IntArrayRef(shape))
     return false;
-  }
   c.f.summed = kK;
   c.f.groups = 1;
   c.f.trailing = channels_first ? 0 : static_cast<int64_t>(shape.size());
   c.f.center = a.center;
   if (!is_plain(c.weight, shape) || !is_plain(c.bias, shape)) return false;
-  if (c.add.defined() && !(same_shape(c.add, c.x) && same_strides(c.add, c.x))) return false;
+  if (c.add.defined() && !same_shape(c.add, c.x)) return false;
   bool is_double = c.x.scalar_type() == at::kDouble;
   if (!a.center && absent(a.eps))
     c.f.eps = is_double ? std::numeric_limits<double>::epsilon()
