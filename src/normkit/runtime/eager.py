@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import sysconfig
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from normkit.runtime import autograd, state
 BUILD = "pip install --no-build-isolation -e ."
 """The command that builds it, in a checkout."""
 
-_FILE = f"_eager.torch-{torch.version.git_version[:12]}{sysconfig.get_config_var('EXT_SUFFIX')}"
+_FILE = f"_eager.torch-{torch.version.git_version[:12]}{EXTENSION_SUFFIXES[0]}"
 """The extension of this torch and this Python; another torch lays its objects out otherwise."""
 
 
