@@ -56,7 +56,7 @@ SANITIZED = PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=
   LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"
 sanitize: .venv/ready
 	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r src/normkit build/sanitize/
-	rm -f build/sanitize/normkit/_cpu*
+	rm -f build/sanitize/normkit/_cpu* build/sanitize/normkit/_eager*
 	NORMKIT_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-temp build/sanitize-objects --build-lib build/sanitize
 	$(SANITIZED) $(BIN)/python -m pytest tests/test_cpu.py tests/test_oracle.py -p no:cacheprovider -s
 	for set in avx2 avx512; do \

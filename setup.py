@@ -1,10 +1,13 @@
-"""The C++ core, where it can be built; everything else is in pyproject.toml."""
+"""The C++ extensions, where they can be built; everything else is in pyproject.toml."""
 
+import copy
 import glob
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
-from setuptools import setup
+import torch
+from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 
@@ -12,10 +15,23 @@ class OptionalBuild(BuildExtension):
     """Without a compiler the package installs all the same and works on plain torch operators."""
 
     def build_extensions(self) -> None:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self._build_one, self.extensions))
+
+    def _build_one(self, extension: Extension) -> None:
+        """By a command of its own: torch's writes one file of orders into its folder."""
+        own = copy.copy(self)
+        own.extensions, own.compiler = [extension], copy.copy(self.compiler)
+        own.build_temp = os.path.join(self.build_temp, extension.name)
         try:
-            super().build_extensions()
+            BuildExtension.build_extensions(own)
         except Exception as error:
-            print(f"normkit: installing without its C++ core: {error}", file=sys.stderr)
+            print(f"normkit: installing without {extension.name}: {error}", file=sys.stderr)
+
+    def get_ext_filename(self, name: str) -> str:
+        """What is of one torch says so; normkit.runtime.eager looks for this name."""
+        filename: str = super().get_ext_filename(name)
+        return filename.replace("_eager.", f"_eager.torch-{torch.version.git_version[:12]}.")
 
 
 # Not the checks of scopes, nor all of UBSan's: GCC would spend most of its time on them.
@@ -39,9 +55,18 @@ CORE = CppExtension(
     optional=True,
 )
 
+EAGER = CppExtension(
+    "normkit._eager",
+    ["csrc/eager.cpp"],
+    define_macros=[("AT_PER_OPERATOR_HEADERS", None)],
+    extra_compile_args=["-O2", "-g0", "-fvisibility=hidden", "-Wall", *sanitize],
+    extra_link_args=sanitize,
+    optional=True,
+)
+
 without = os.environ.get("NORMKIT_NO_EXTENSION") == "1"
 setup(
-    ext_modules=[] if without else [CORE],
+    ext_modules=[] if without else [CORE, EAGER],
     cmdclass={"build_ext": OptionalBuild},
     options={} if without else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from normkit.bench import harness
+from normkit.bench import harness, run, small
 from normkit.bench.cases import cases
 
 ROOT = Path(__file__).parent.parent
@@ -151,6 +151,19 @@ def test_contestants_take_turns_in_alternating_order():
 def test_ratios_are_paired_by_round():
     times = {"ours": [1.0, 20.0, 3.0], "theirs": [2.0, 10.0, 6.0]}
     assert harness.ratio(times, "ours", "theirs") == 0.5
+
+
+def test_small_calls_are_timed_and_summed_up(tmp_path, capsys):
+    out, threads = tmp_path / "small.json", torch.get_num_threads()
+    run.main(out, "small LN 8x64", 0.01, False)
+    rows = json.loads(out.read_text())["small calls"]
+    assert [(row["norm"], row["shape"], row["mode"]) for row in rows] == [
+        ("LN", [8, 64], mode) for mode in small.MODES
+    ]
+    assert "small calls, training forward: " in capsys.readouterr().out
+    assert torch.get_num_threads() == threads
+    forward = next(c for c in small.cases() if c.mode == small.FORWARD and c.norm.name == "add+RMS")
+    assert all(step()[0].requires_grad for step in small.steps(forward).values())
 
 
 def test_the_contestants_compute_the_same():

@@ -11,6 +11,7 @@ from torch import nn
 
 from normkit import backend, layers
 from normkit.common.version import VERSION
+from normkit.runtime import eager
 
 
 def backends() -> dict[str, str | None]:
@@ -55,5 +56,6 @@ def info() -> str:
     rows |= {f"backend {name}": why or "available" for name, why in backends().items()}
     if backends()["cpu"] is None:
         rows["backend cpu"] += f", {backend.cpu.instructions()}"
+    rows["eager calls"] = f"by Python: {eager.missing}" if eager.missing else "by the extension"
     width = max(map(len, rows))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())

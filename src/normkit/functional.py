@@ -26,6 +26,7 @@ from collections.abc import Sequence
 import torch
 import torch.fx
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.utils._expanded_weights.expanded_weights_impl import implements_per_sample_grads
 from torch.overrides import has_torch_function_variadic
 
@@ -49,6 +50,7 @@ from normkit.formula.checks import (
 from normkit.formula.pool import BATCH, CHANNELS, INSTANCE, Pool, ghost, group, last
 from normkit.formula.spec import Inputs, Spec, check_momentum, compute_dtype
 from normkit.runtime import autograd, recompute, state, statistics
+from normkit.runtime.eager import calls
 from normkit.runtime.overrides import PerSample, overridden
 from normkit.runtime.statistics import Moments, Running
 from normkit.runtime.sync import Merge, RankError, Settings
@@ -112,6 +114,13 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithms 1 and 2; ghost batches: Hoffer,
     Hubara & Soudry 2017 (arXiv 1705.08741), Algorithm 1, with a whole batch's running statistics.
     """
+    if not is_compiling():
+        taken = calls.batch_norm(
+            *(input, running_mean, running_var, weight, bias, training, momentum, eps),
+            *(num_batches_tracked, ghost_size, pending, mask, residual, act, ranks, merge),
+        )
+        if taken is not NotImplemented:
+            return taken
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, mask, residual):
         return overridden(batch_norm, locals())
     check_batch(input, running_mean, running_var, momentum, ranks, moving=training)
@@ -276,6 +285,13 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016 (arXiv 1607.08022).
     """
+    if not is_compiling():
+        taken = calls.instance_norm(
+            *(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps),
+            *(mask, residual, act, ranks, num_features),
+        )
+        if taken is not NotImplemented:
+            return taken
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, mask, residual):
         return overridden(instance_norm, locals())
     check_input(input, 2 if ranks else 3, "(N, C, *) with at least one position axis", ranks)
@@ -343,6 +359,10 @@ def group_norm(
 
     Source: Wu & He 2018 (arXiv 1803.08494), equation 7.
     """
+    if not is_compiling():
+        taken = calls.group_norm(input, num_groups, weight, bias, eps, mask, residual, act)
+        if taken is not NotImplemented:
+            return taken
     if has_torch_function_variadic(input, weight, bias, mask, residual):
         return overridden(group_norm, locals())
     check_input(input, 2, "(N, C, *)")
@@ -406,6 +426,12 @@ def layer_norm(
     Source: Ba, Kiros & Hinton 2016 (arXiv 1607.06450), equation 4; over the channels: Liu et al.
     2022 (arXiv 2201.03545).
     """
+    if not (is_compiling() or cast_before_affine or memory_format):
+        taken = calls.layer_norm(
+            *(input, normalized_shape, weight, bias, eps, channels_first, mask, add, act)
+        )
+        if taken is not NotImplemented:
+            return taken
     if has_torch_function_variadic(input, weight, bias, mask, add) or (
         isinstance(input, Tensor) and input.is_nested
     ):
@@ -452,6 +478,13 @@ def rms_norm(
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4; 1 + weight: as in Gemma (arXiv
     2403.08295) and its reference implementation.
     """
+    if not (is_compiling() or cast_before_affine or memory_format):
+        taken = calls.rms_norm(
+            *(input, normalized_shape, weight, eps, bias, zero_centered_weight, channels_first),
+            *(mask, add, act),
+        )
+        if taken is not NotImplemented:
+            return taken
     if has_torch_function_variadic(input, weight, bias, mask, add) or (
         isinstance(input, Tensor) and input.is_nested
     ):

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Self
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -22,6 +23,7 @@ from normkit.backend import aten
 from normkit.formula import checks
 from normkit.formula.spec import check_act, check_eps, check_momentum
 from normkit.runtime import readers
+from normkit.runtime.eager import calls
 from normkit.runtime.sync import Merge, let_ddp_take
 
 
@@ -120,6 +122,8 @@ class _BatchLayer(_Norm, _BatchNorm):
     frozen: bool = False
     micro_batches: int = 1
     merge: Merge | None = None
+    by_batch: bool = True
+    """Whether training normalizes by the statistics of the whole batch, and by nothing else."""
 
     def __init__(
         self,
@@ -151,6 +155,10 @@ class _BatchLayer(_Norm, _BatchNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
+        if not is_compiling():
+            y = calls.batch_layer(self, input, mask, residual, weight, bias)
+            if y is not NotImplemented:
+                return y
         readers.refuse_quantization(self, input)
         function, own = self._formula()
         running_mean, running_var = self.running_mean, self.running_var
@@ -536,6 +544,8 @@ class GhostBatchNorm(BatchNorm):
     State: as `BatchNorm`'s. Formula, errors and source: `normkit.functional.batch_norm`.
     """
 
+    by_batch = False
+
     def __init__(
         self,
         num_features: int,
@@ -585,6 +595,8 @@ class BatchRenorm(BatchNorm):
 
     State: as `BatchNorm`'s. Formula, errors and source: `normkit.functional.batch_renorm`.
     """
+
+    by_batch = False
 
     def __init__(
         self,
@@ -651,6 +663,10 @@ class _InstanceLayer(_Norm, _InstanceNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
+        if not is_compiling():
+            y = calls.instance_layer(self, input, mask, residual, weight, bias)
+            if y is not NotImplemented:
+                return y
         readers.refuse_quantization(self, input)
         if self.training and self.track_running_stats:
             self._warn_if_exported()
@@ -758,6 +774,10 @@ class GroupNorm(_Norm, nn.GroupNorm):
 
         `weight` and `bias`, (N, C) or broadcasting to input, take the place of the layer's own.
         """
+        if not is_compiling():
+            y = calls.group_layer(self, input, mask, residual, weight, bias)
+            if y is not NotImplemented:
+                return y
         readers.refuse_quantization(self, input)
         try:
             return functional.group_norm(
@@ -845,6 +865,10 @@ class LayerNorm(_RowLayer, nn.LayerNorm):
 
         `weight` and `bias`, per sample or broadcasting to input, take the place of the layer's own.
         """
+        if not is_compiling():
+            y = calls.layer_norm_layer(self, input, mask, add, weight, bias)
+            if y is not NotImplemented:
+                return y
         readers.refuse_quantization(self, input)
         try:
             return functional.layer_norm(
@@ -929,6 +953,10 @@ class RMSNorm(_RowLayer, nn.RMSNorm):
         `weight`, per sample or broadcasting to input, takes the place of the layer's own; `bias`
         is added.
         """
+        if not is_compiling():
+            y = calls.rms_norm_layer(self, input, mask, add, weight, bias)
+            if y is not NotImplemented:
+                return y
         try:
             return functional.rms_norm(
                 input,

@@ -13,10 +13,11 @@ from torch import Tensor
 from normkit.backend.layout import DTYPES, contiguous, dense, dense_mask, like
 from normkit.backend.layout import dense_inputs as dense_inputs
 from normkit.backend.protocol import Gradients, Normalized, Sums
+from normkit.formula.pool import Pool, Summed
 from normkit.formula.spec import ACTS, Inputs, Spec, compute_dtype, is_wrapper
 
 DEVICE = "cpu"
-_SUMMED = {"ns": 0, "s": 1, "ks": 2, "k": 3}
+_SUMMED: dict[Summed, int] = {"ns": 0, "s": 1, "ks": 2, "k": 3}
 _ACTS = {act: code for code, act in enumerate((None, *ACTS))}
 
 
@@ -176,6 +177,14 @@ def _constants(spec: Spec) -> tuple[int, int, int, float, bool, int]:
     act = _ACTS[spec.act]
     groups = pool.ghosts if pool.summed == "ns" else pool.groups
     return _SUMMED[pool.summed], groups or 0, pool.trailing, spec.eps, spec.center, act
+
+
+def spec_of(
+    summed: int, groups: int, trailing: int, eps: float, center: bool, act: int, given: bool
+) -> Spec:
+    """The call that has these constants."""
+    pool = Pool(list(_SUMMED)[summed], groups or None, trailing)
+    return Spec(pool, eps, center, list(_ACTS)[act], given)
 
 
 def _register_shapes() -> None:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from normkit.bench import harness
+import torch
+
+from normkit.bench import harness, small
 from normkit.bench.cases import Case, cases
 from normkit.bench.models import MODELS, training_step
 from normkit.common.errors import LabError
@@ -42,12 +44,30 @@ def main(out: Path | None, only: str | None, seconds: float, compiled: bool) -> 
             times = harness.measure(found, seconds * 4)
             models.append(harness.model_row(model.name, times))
             _show(model.name, models[-1])
-    if not rows and not models:
+    calls = _small_calls(only, seconds)
+    if not rows and not models and not calls:
         some = ", ".join(map(str, list(cases())[:3]))
         raise LabError(f"no case's name holds {only!r}; cases: {some}, ...")
     if out is not None:
-        result = {"machine": machine, "rows": rows, "models": models}
+        result = {"machine": machine, "rows": rows, "models": models, "small calls": calls}
         write(out, json.dumps(result, indent=1) + "\n")
+
+
+def _small_calls(only: str | None, seconds: float) -> list[dict[str, Any]]:
+    """Every small call whose name, which begins with "small", holds `only`."""
+    rows, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for case in small.cases():
+            name = f"small {case}"
+            if only is None or only in name:
+                rows.append(small.row(case, harness.measure(small.steps(case), seconds, least=25)))
+                _show(name, rows[-1])
+    finally:
+        torch.set_num_threads(threads)
+    for line in small.summary(rows):
+        print(line)
+    return rows
 
 
 def _compiles(case: Case) -> bool:

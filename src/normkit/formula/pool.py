@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+Summed = Literal["ns", "s", "ks", "k"]
+
 
 @dataclass(frozen=True, slots=True)
 class Pool:
@@ -31,7 +33,7 @@ class Pool:
     B of equal ghost batches that the samples are split into; None for one batch, without the axis.
     """
 
-    summed: Literal["ns", "s", "ks", "k"]
+    summed: Summed
     groups: int | None = None
     trailing: int = 0
     ghosts: int | None = None

@@ -126,7 +126,7 @@ def _saved(ctx: Any) -> Inputs:
     return Inputs(x, weight, bias, residual, mask, None, mean, None, rstd, output)
 
 
-def _backward(
+def gradients_of(
     ctx: Any, verbs: Backend | None, dy: Tensor | None, dtotal: Tensor | None = None
 ) -> Gradients:
     """The gradients of the inputs; that of `add` is x's."""
@@ -295,7 +295,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = _backward(ctx, ctx.verbs, dy, *dtotal)
+        found = gradients_of(ctx, ctx.verbs, dy, *dtotal)
         return None, None, None, None, *found, found.x if dtotal else None
 
 
@@ -338,7 +338,7 @@ class _TransformedNormalize(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, *of_statistics: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return _by_inputs(1, _backward(ctx, None, dy))
+        return _by_inputs(1, gradients_of(ctx, None, dy))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
