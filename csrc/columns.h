@@ -81,7 +81,7 @@ struct ColumnKernel : Core<S, K> {
       auto take = [&](int64_t j, int64_t pool) {
         mean[j] = static_cast<T>(c.mean[pool]);
         rstd[j] = static_cast<T*>(c.rstd)[pool];
-        lag[j] = c.center ? static_cast<T>((c.mean[pool] - mean[j]) * rstd[j]) : T(0);
+        lag[j] = c.formula.center ? static_cast<T>((c.mean[pool] - mean[j]) * rstd[j]) : T(0);
       };
       auto shape = [&](int64_t j, int64_t e) {
         scale[j] = rstd[j] * k.weight(e);
@@ -106,6 +106,16 @@ struct ColumnKernel : Core<S, K> {
     explicit ColumnMoments(int64_t width) : n(width), mean(width), m2(width) {}
   };
 
+  // Each column's elements in some rows; with a mask, what it leaves of them.
+  void counts(const Unit& u, int64_t first, int64_t last, double* n) const {
+    for (int64_t j = 0; j < u.width; ++j) n[j] = c.mask ? 0 : static_cast<double>(last - first);
+    if (!c.mask) return;
+    for (int64_t r = first; r < last; ++r) {
+      const uint8_t* mask = c.mask + offset(u, r);
+      for (int64_t j = 0; j < u.width; ++j) n[j] += mask[j] != 0;
+    }
+  }
+
   // Provisional means: each column's over some rows; with a mask, over what it leaves of them.
   void means_of_rows(const Unit& u, int64_t first, int64_t last, T* m) const {
     const Pointers<S> p = pointers;
@@ -121,11 +131,9 @@ struct ColumnKernel : Core<S, K> {
       for (int64_t j = 0; j < w; ++j) m[j] *= share;
       return;
     }
-    for (int64_t j = 0; j < w; ++j) {
-      int64_t n = 0;
-      for (int64_t r = first; r < last; ++r) n += p.mask[offset(u, r) + j] != 0;
-      m[j] = n > 0 ? m[j] / static_cast<T>(n) : T(0);
-    }
+    Array<double> n(w);
+    counts(u, first, last, n.get());
+    for (int64_t j = 0; j < w; ++j) m[j] = n[j] > 0 ? m[j] / static_cast<T>(n[j]) : T(0);
   }
 
   void moments(const Unit& u, int64_t block, double* n, double* mean, double* m2) const {
@@ -135,17 +143,10 @@ struct ColumnKernel : Core<S, K> {
       for (int64_t r = first; r < last; ++r) Base::add(c, offset(u, r), w);
     Array<T> s(w), m(w), q(w);
     const double whole = 1 / static_cast<double>(last - first);
-    for (int64_t j = 0; j < w; ++j) n[j] = static_cast<double>(last - first);
-    if (c.mask) {
-      for (int64_t j = 0; j < w; ++j) n[j] = 0;
-      for (int64_t r = first; r < last; ++r) {
-        const uint8_t* mask = c.mask + offset(u, r);
-        for (int64_t j = 0; j < w; ++j) n[j] += mask[j] != 0;
-      }
-    }
+    counts(u, first, last, n);
     // About provisional means, those of the first rows, or of all rows where some are far off.
     m.fill(w, 0);
-    if (c.center) means_of_rows(u, first, min(last, first + kSomeRows), m.get());
+    if (c.formula.center) means_of_rows(u, first, min(last, first + kSomeRows), m.get());
     for (int pass = 0;; ++pass) {
       s.fill(w, 0);
       q.fill(w, 0);
@@ -167,7 +168,7 @@ struct ColumnKernel : Core<S, K> {
           Affine::store(&q[j], Affine::load(&q[j], part) + squares, part);
         });
       });
-      if (pass || !c.center) break;
+      if (pass || !c.formula.center) break;
       bool all_near = true;
       for (int64_t j = 0; j < w; ++j) all_near &= Base::near(n[j], s[j], q[j]);
       if (all_near) break;
@@ -177,7 +178,7 @@ struct ColumnKernel : Core<S, K> {
     const double least = Base::least(c);
     bool safe = true;
     for (int64_t j = 0; j < w; ++j) {
-      double left = c.center ? s[j] : T(0), rest = left * Base::inverse(n[j], whole);
+      double left = c.formula.center ? s[j] : T(0), rest = left * Base::inverse(n[j], whole);
       mean[j] = m[j] + rest;
       m2[j] = q[j] - left * rest;
       safe &= !Base::unsafe(least, n[j], q[j]);
@@ -186,7 +187,7 @@ struct ColumnKernel : Core<S, K> {
     for (int64_t j = 0; j < w; ++j) {
       if (!Base::unsafe(least, n[j], q[j]) || n[j] == 0) continue;
       mean[j] = 0;
-      for (int pass = c.center ? 0 : 1; pass < 2; ++pass) {
+      for (int pass = c.formula.center ? 0 : 1; pass < 2; ++pass) {
         double total = 0;
         for (int64_t r = first; r < last; ++r) {
           int64_t at = offset(u, r) + j;
@@ -212,7 +213,7 @@ struct ColumnKernel : Core<S, K> {
     }
   }
 
-  void finish(const Unit& u, ColumnMoments& all) const {
+  void finish_pools(const Unit& u, ColumnMoments& all) const {
     int64_t first = first_pool(u);
     if (g.group > 1) {
       for (int64_t p = 0; p < pools_of(u); ++p) {
@@ -241,7 +242,7 @@ struct ColumnKernel : Core<S, K> {
 
   void apply(const Unit& u, Expanded& st, int64_t block) const {
     const Pointers<S> p = pointers;
-    const Act act = c.act;
+    const Act act = c.formula.act;
     rows_of(block, [&](auto many, int64_t r) {
       const int64_t at = offset(u, r);
       Fetch x(*this, u, p.x, r), residual(*this, u, p.residual, r);
@@ -287,13 +288,13 @@ struct ColumnKernel : Core<S, K> {
         ColumnMoments all(tile), part(blocks > 1 ? tile : 0);
         for (int64_t i = begin; i < end; ++i) {
           Unit u = unit(i);
-          if (!c.given) {
+          if (!c.formula.given) {
             moments(u, 0, all.n.get(), all.mean.get(), all.m2.get());
             for (int64_t b = 1; b < blocks; ++b) {
               moments(u, b, part.n.get(), part.mean.get(), part.m2.get());
               merge(all, 0, u.width, part.n.get(), part.mean.get(), part.m2.get());
             }
-            finish(u, all);
+            finish_pools(u, all);
           }
           if (!c.y) continue;
           Expanded st(*this, u);
@@ -305,7 +306,7 @@ struct ColumnKernel : Core<S, K> {
     int64_t grain = max(1, kGrain / max(1, min(g.rows, block_rows) * tile));
     for (int64_t i = 0; i < units; ++i) {
       Unit u = unit(i);
-      if (!c.given) {
+      if (!c.formula.given) {
         int64_t w = u.width;
         Array<double> parts(3 * blocks * w);
         parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
@@ -323,7 +324,7 @@ struct ColumnKernel : Core<S, K> {
             merge(all, begin, end, p, p + w, p + 2 * w);
           }
         });
-        finish(u, all);
+        finish_pools(u, all);
       }
       if (!c.y) continue;
       Expanded st(*this, u);
@@ -339,7 +340,7 @@ struct ColumnKernel : Core<S, K> {
   // A column's sums of g and g * x̂ over a block; g = dz, weighted where the affine is a row's.
   void sums(const Unit& u, Expanded& st, int64_t block, double* dz, double* dzx) const {
     const Pointers<S> p = pointers;
-    const Act act = c.act;
+    const Act act = c.formula.act;
     const int64_t columns = g.columns;
     Array<T> s(u.width), q(u.width);
     s.fill(u.width, 0);
@@ -397,10 +398,10 @@ struct ColumnKernel : Core<S, K> {
 
   // The means of g and g * x̂ over each pool, times rstd, a value a column.
   struct Means {
-    Array<T> flat, steep;
+    Array<T> mean_g, mean_gx;
     Means(const ColumnKernel& k, const Unit& u, Expanded& st, const double* dz, const double* dzx,
           const double* n)
-        : flat(u.width), steep(u.width) {
+        : mean_g(u.width), mean_gx(u.width) {
       const Columns& g = k.g;
       for (int64_t p = 0; p < k.pools_of(u); ++p) {
         double total_g = 0, total_gx = 0, count = 0;
@@ -410,34 +411,27 @@ struct ColumnKernel : Core<S, K> {
           total_gx += w * dzx[j];
           count += n[j];
         }
-        double mean_g = 0, mean_gx = 0;
-        if (k.c.flat) {
-          mean_g = k.c.flat[k.first_pool(u) + p];
-          mean_gx = k.c.steep[k.first_pool(u) + p];
-        } else if (!k.c.given && count > 0) {
-          mean_g = k.c.center ? total_g / count : 0;
-          mean_gx = total_gx / count;
+        double own_g = 0, own_gx = 0;
+        if (k.c.mean_g) {
+          own_g = k.c.mean_g[k.first_pool(u) + p];
+          own_gx = k.c.mean_gx[k.first_pool(u) + p];
+        } else if (!k.c.formula.given && count > 0) {
+          own_g = k.c.formula.center ? total_g / count : 0;
+          own_gx = total_gx / count;
         }
         for (int64_t j = p * g.group; j < (p + 1) * g.group; ++j) {
-          const double steeply = mean_gx * st.rstd[j];
-          flat[j] = static_cast<T>(mean_g * st.rstd[j] - (ByRow ? 0 : st.lag[j] * steeply));
-          steep[j] = static_cast<T>(steeply);
+          const double gx = own_gx * st.rstd[j];
+          mean_g[j] = static_cast<T>(own_g * st.rstd[j] - (ByRow ? 0 : st.lag[j] * gx));
+          mean_gx[j] = static_cast<T>(gx);
         }
       }
     }
   };
 
-  void counts(const Unit& u, double* n) const {
-    for (int64_t j = 0; j < u.width; ++j) n[j] = c.mask ? 0 : static_cast<double>(g.rows);
-    if (!c.mask) return;
-    for (int64_t r = 0; r < g.rows; ++r)
-      for (int64_t j = 0; j < u.width; ++j) n[j] += c.mask[offset(u, r) + j] != 0;
-  }
-
   // dx of a block; row_sums gets each row's sums of dz and dz * x̂ where the affine is a row's.
   void gradient(const Unit& u, Expanded& st, Means& means, int64_t block, double* row_sums) const {
     const Pointers<S> p = pointers;
-    const Act act = c.act;
+    const Act act = c.formula.act;
     const int64_t columns = g.columns;
     rows_of(block, [&](auto many, int64_t r) {
       const int64_t at = offset(u, r);
@@ -446,18 +440,19 @@ struct ColumnKernel : Core<S, K> {
       across<T>(u.width, [&](int64_t j, auto part) NORMKIT_LAMBDA {
         x_ahead.advance(many), dy_ahead.advance(many);
         const Operands o(st, j, part);
-        const V flat = Affine::load(&means.flat[j], part), steep = Affine::load(&means.steep[j], part);
+        const V mean_g = Affine::load(&means.mean_g[j], part);
+        const V mean_gx = Affine::load(&means.mean_gx[j], part);
         NORMKIT_UNROLL
         for (int i = 0; i < many.count; ++i) {
           const int64_t down = at + i * columns + j;
           V x, dz = point(p, act, o, r + i, down, part, x);
-          V g_rstd = ByRow ? fma(dz * V(weight(r + i)), o.rstd, -flat) : fma(dz, o.scale, -flat);
+          V g_rstd = ByRow ? fma(dz * V(weight(r + i)), o.rstd, -mean_g) : fma(dz, o.scale, -mean_g);
           if constexpr (ByRow) {
             int slot = static_cast<int>(j / V::kLanes % kParts);
             dbias[i].add(slot, dz);
             dweight[i].add(slot, dz, x);
           }
-          Base::write(p, down, part, fma(x, -steep, g_rstd), dz);
+          Base::write(p, down, part, fma(x, -mean_gx, g_rstd), dz);
         }
       });
       if (ByRow && row_sums)
@@ -471,7 +466,7 @@ struct ColumnKernel : Core<S, K> {
 
   void backward() const {
     int64_t units = g.outer * tiles, unit_size = max(1, g.rows * tile);
-    bool wants = c.dweight != nullptr, summing = wants || !c.given;
+    bool wants = c.dweight != nullptr, summing = wants || !c.formula.given;
     bool by_row = wants && ByRow, by_column = wants && !ByRow;
     Array<double> row_sums(by_row ? 2 * units * g.rows : 0);
     Array<double> dz(g.outer * g.columns), dzx(g.outer * g.columns);
@@ -495,7 +490,7 @@ struct ColumnKernel : Core<S, K> {
               }
             }
           if (!c.dx) continue;
-          counts(u, n.get());
+          counts(u, 0, g.rows, n.get());
           Means means(*this, u, st, mine, minex, n.get());
           for (int64_t b = 0; b < blocks; ++b)
             gradient(u, st, means, b, rows_sums_of(i));
@@ -525,7 +520,7 @@ struct ColumnKernel : Core<S, K> {
         }
         if (!c.dx) continue;
         Array<double> n(w);
-        counts(u, n.get());
+        counts(u, 0, g.rows, n.get());
         Means means(*this, u, st, mine, minex, n.get());
         parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
           for (int64_t b = end - 1; b >= begin; --b)

@@ -116,7 +116,7 @@ struct Core {
     if (sizeof(T) == 8) return false;
     return (!(squares <= 3e38)) | (squares < n * least);
   }
-  static double least(const Call& c) { return c.eps < 1e-20 ? 1e-30 : 0; }
+  static double least(const Call& c) { return c.formula.eps < 1e-20 ? 1e-30 : 0; }
 
   // 1 / n, which is known where nothing is masked.
   static NORMKIT_INLINE double inverse(double n, double whole) {
@@ -133,7 +133,7 @@ struct Core {
   // The results of `pools` pools from `first` on: all at once, since roots and quotients are slow.
   static void finish_moments(const Call& c, int64_t first, int64_t pools, const double* n,
                              const double* mean, const double* m2) {
-    const double whole = n[0] > 0 ? 1 / n[0] : 0, eps = c.eps;
+    const double whole = n[0] > 0 ? 1 / n[0] : 0, eps = c.formula.eps;
     for (int64_t i = 0; i < pools; ++i) c.mean[first + i] = mean[i];
     if (c.count) {
       for (int64_t i = 0; i < pools; ++i) {

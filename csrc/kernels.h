@@ -19,7 +19,7 @@ template <class S, class F>
 void by_kind(const Call& c, F f) {
   if (c.mask)
     f(std::integral_constant<Kind, kMasked>());
-  else if (c.act != Act::none || sizeof(S) == 8)
+  else if (c.formula.act != Act::none || sizeof(S) == 8)
     f(std::integral_constant<Kind, kActive>());
   else if constexpr (sizeof(S) < 8)
     f(std::integral_constant<Kind, kBare>());

@@ -118,7 +118,7 @@ struct RowKernel : Core<S, K> {
       about_all<4>(from, pools, b.runs, b.size, next, shift, left, squares);
     const double whole = 1 / static_cast<double>(b.runs * b.size);
     const double least = Base::least(c);
-    const bool center = c.center;
+    const bool center = c.formula.center;
     int64_t bad = 0;
     NORMKIT_INDEPENDENT
     for (int64_t i = 0; i < pools; ++i) {
@@ -139,7 +139,7 @@ struct RowKernel : Core<S, K> {
     const double whole = 1 / static_cast<double>(b.runs * b.size), least = Base::least(c);
     for (int64_t i = 0; i < pools; ++i) {
       const T share = static_cast<T>(Base::inverse(n[i], whole));
-      if (c.center && !Base::near(n[i], left[i], squares[i])) {
+      if (c.formula.center && !Base::near(n[i], left[i], squares[i])) {
         T s[Sum<T>::kQuarter], q[Sum<T>::kQuarter];
         shift[i] += left[i] * share;
         about<4>(shift[i], from[i], b.runs, b.size, 0, s, q);
@@ -165,7 +165,7 @@ struct RowKernel : Core<S, K> {
     const int64_t some = min(size, kSome);
     const double share = 1 / static_cast<double>(some);
     for (int64_t i = 0; i < pools; ++i) mean[i] = 0;
-    if (c.center) {
+    if (c.formula.center) {
       for (int64_t i = 0; i < pools; ++i) sum<Slots>(from[i], some, s + quarter * i);
       for (int64_t i = 0; i < pools; ++i)
         mean[i] = Sum<T>::last(s + quarter * i) *
@@ -226,7 +226,7 @@ struct RowKernel : Core<S, K> {
                                                       double n) const {
     Moments m;
     m.n = n;
-    for (int pass = c.center ? 0 : 1; pass < 2; ++pass) {
+    for (int pass = c.formula.center ? 0 : 1; pass < 2; ++pass) {
       double total = 0;
       for (int64_t s = b.segment; s < b.segment + b.runs; ++s) {
         int64_t at = offset(pool, s) + b.begin;
@@ -244,7 +244,7 @@ struct RowKernel : Core<S, K> {
   // y = act((x - mean) * scale + shift + residual) of what lies side by side.
   NORMKIT_INLINE void line(int64_t at, int64_t size, T mean, T scale, T shift) const {
     const Pointers<S> p = pointers;
-    const Act act = c.act;
+    const Act act = c.formula.act;
     const V middle(mean), factor(scale), addend(shift);
     across<T>(size, [&](int64_t j, auto part) NORMKIT_LAMBDA {
       V z = fma(M::load(p.x + at + j, part) - middle, factor, addend);
@@ -288,7 +288,7 @@ struct RowKernel : Core<S, K> {
   void apply_rows(N, int64_t pool, const Standard& st, int64_t of, int64_t begin,
                   int64_t size) const {
     const Pointers<S> p = pointers;
-    const Act act = c.act;
+    const Act act = c.formula.act;
     const int64_t at = offset(pool, 0) + begin, e = entry(pool, 0) + begin;
     const T *w = weights + e, *b = biases + e;
     V mean[N::count], rstd[N::count], lag[N::count];
@@ -326,7 +326,7 @@ struct RowKernel : Core<S, K> {
   int64_t pool_grain() const { return max(1, kGrain / max(1, g.segments * g.length)); }
 
   void forward() const {
-    if (c.given && !g.vector_affine && g.segment_step == 0) {
+    if (c.formula.given && !g.vector_affine && g.segment_step == 0) {
       apply_given();
       return;
     }
@@ -339,10 +339,10 @@ struct RowKernel : Core<S, K> {
           if (c.add)
             for (int64_t p = first; p < first + pools; ++p)
               for (int64_t s = 0; s < g.segments; ++s) Base::add(c, offset(p, s), g.length);
-          if (!c.given && pools > 1) {
+          if (!c.formula.given && pools > 1) {
             moments(first, pools, Block(statistic, 0), pools * g.pool_stride, n, mean, m2);
             Base::finish_moments(c, first, pools, n, mean, m2);
-          } else if (!c.given) {
+          } else if (!c.formula.given) {
             Moments m = moments(first, 0);
             for (int64_t k = 1; k < statistic.count; ++k) m.merge(moments(first, k));
             Base::finish_moments(c, first, m);
@@ -356,7 +356,7 @@ struct RowKernel : Core<S, K> {
       pieces([&](int64_t p, int64_t s, int64_t begin, int64_t size) {
         Base::add(c, offset(p, s) + begin, size);
       });
-    if (!c.given) {
+    if (!c.formula.given) {
       int64_t each = statistic.count;
       Array<Moments> parts(g.pools * each);
       parallel_for(g.pools * each, max(1, kGrain / kBlock), [&](int64_t begin, int64_t end) {
@@ -406,7 +406,7 @@ struct RowKernel : Core<S, K> {
   Sums sums(int64_t pool, const Block& block) const {
     const Pointers<S> p = pointers;
     const Standard st(c, pool, 1);
-    const Act act = c.act;
+    const Act act = c.formula.act;
     int64_t at = offset(pool, block.segment) + block.begin, e = entry(pool, block.segment);
     Sum<T> s, q;
     const V mean(st.mean[0]), rstd(st.rstd[0]), scale(st.rstd[0] * weights[e]);
@@ -426,7 +426,7 @@ struct RowKernel : Core<S, K> {
   NORMKIT_INLINE Sums sums_of_row(int64_t pool, const Standard& st, int64_t of,
                                   const Block& block) const {
     const Pointers<S> p = pointers;
-    const Act act = c.act;
+    const Act act = c.formula.act;
     const int64_t at = offset(pool, 0) + block.begin, e = entry(pool, 0) + block.begin;
     const T *w = weights + e, *b = biases + e;
     Sum<T> s, q;
@@ -446,26 +446,26 @@ struct RowKernel : Core<S, K> {
                 Sums mean) const {
     const Pointers<S> p = pointers;
     const Standard st(c, pool, 1);
-    const Act act = c.act;
-    const double steeply = mean.dzx * st.rstd[0];
+    const Act act = c.formula.act;
+    const double gx = mean.dzx * st.rstd[0];
     int64_t at = offset(pool, segment) + begin, e = entry(pool, segment);
-    const V center(st.mean[0]), rstd(st.rstd[0]), steep(static_cast<T>(steeply));
-    const V flat(static_cast<T>(mean.dz * st.rstd[0] - st.lag[0] * steeply));
+    const V center(st.mean[0]), rstd(st.rstd[0]), mean_gx(static_cast<T>(gx));
+    const V mean_g(static_cast<T>(mean.dz * st.rstd[0] - st.lag[0] * gx));
     for (int64_t s = 0; s < segments; ++s, at += g.segment_stride, e += g.segment_step) {
       const V scale(st.rstd[0] * weights[e]), shift(biases[e] - st.lag[0] * weights[e]);
       across<T>(size, [&](int64_t j, auto part) NORMKIT_LAMBDA {
         V d = Base::load_x(p, at + j, part) - center;
         V dz = Base::start(p, act, at + j, part, fma(d, scale, shift));
-        Base::write(p, at + j, part, fma(d * rstd, -steep, fma(dz, scale, -flat)), dz);
+        Base::write(p, at + j, part, fma(d * rstd, -mean_gx, fma(dz, scale, -mean_g)), dz);
       });
     }
   }
 
   Sums mean_of(int64_t pool, Sums total) const {
-    if (c.given) return c.flat ? Sums(c.flat[pool], c.steep[pool]) : Sums();
+    if (c.formula.given) return c.mean_g ? Sums(c.mean_g[pool], c.mean_gx[pool]) : Sums();
     double n = count(pool);
     if (n == 0) return Sums();
-    return Sums(c.center ? total.dz / n : 0, total.dzx / n);
+    return Sums(c.formula.center ? total.dz / n : 0, total.dzx / n);
   }
 
   void backward() const {
@@ -475,7 +475,7 @@ struct RowKernel : Core<S, K> {
     }
     // Segments with one affine share their blocks; those with their own are summed each by itself.
     const int64_t kinds = g.segment_step ? g.segments : 1, each = affine.count;
-    const bool wants = c.dweight != nullptr, summing = wants || !c.given;
+    const bool wants = c.dweight != nullptr, summing = wants || !c.formula.given;
     auto kind_sums = [&](int64_t pool, int64_t kind, int64_t i) {
       Block b(affine, i);
       b.segment += kind;
@@ -533,18 +533,19 @@ struct RowKernel : Core<S, K> {
                  });
   }
 
-  // dx of some pools that share a vector affine; dw and db, where given, are added to.
+  // dx of some pools that share a vector affine, from <g> and <g x̂> times rstd; dw and db, where
+  // given, are added to.
   template <class N>
-  void gradient_of_rows(N, int64_t pool, const Standard& st, int64_t of, const T* flats,
-                        const T* steeps, T* dw, T* db) const {
+  void gradient_of_rows(N, int64_t pool, const Standard& st, int64_t of, const T* means_g,
+                        const T* means_gx, T* dw, T* db) const {
     constexpr int many = N::count;
     const Pointers<S> p = pointers;
-    const Act act = c.act;
-    V mean[many], rstd[many], lag[many], flat[many], steep[many];
+    const Act act = c.formula.act;
+    V mean[many], rstd[many], lag[many], mean_g[many], mean_gx[many];
     NORMKIT_UNROLL
     for (int i = 0; i < many; ++i) {
       mean[i] = V(st.mean[of + i]), rstd[i] = V(st.rstd[of + i]), lag[i] = V(st.lag[of + i]);
-      flat[i] = V(flats[of + i]), steep[i] = V(steeps[of + i]);
+      mean_g[i] = V(means_g[of + i]), mean_gx[i] = V(means_gx[of + i]);
     }
     const int64_t at = offset(pool, 0), e = entry(pool, 0);
     const T *w = weights + e, *b = biases + e;
@@ -558,7 +559,7 @@ struct RowKernel : Core<S, K> {
         V dz = Base::start(p, act, k, part, K == kBare ? x : fma(x, wj, bj));
         dweight = fma(dz, x, dweight);
         dbias = dbias + dz;
-        Base::write(p, k, part, fma(x, -steep[i], fma(dz * wj, rstd[i], -flat[i])), dz);
+        Base::write(p, k, part, fma(x, -mean_gx[i], fma(dz * wj, rstd[i], -mean_g[i])), dz);
       }
       if (!dw) return;
       Affine::store(dw + j, Affine::load(dw + j, part) + dweight, part);
@@ -585,20 +586,20 @@ struct RowKernel : Core<S, K> {
           const int64_t pools = min(several, last - first);
           const Standard st(c, first, pools);
           // <g> and <g x̂>, times rstd.
-          T flat[kSeveral], steep[kSeveral];
+          T means_g[kSeveral], means_gx[kSeveral];
           Sums totals[kSeveral];
           for (int64_t i = 0; i < pools; ++i)
-            for (int64_t k = 0; k < affine.count && !c.given; ++k)
+            for (int64_t k = 0; k < affine.count && !c.formula.given; ++k)
               totals[i] += sums_of_row(first + i, st, i, Block(affine, k));
           for (int64_t i = 0; i < pools; ++i) {
             const double share = Base::inverse(count(first + i), whole) * st.rstd[i];
-            flat[i] = c.center ? static_cast<T>(totals[i].dz * share) : T(0);
-            steep[i] = static_cast<T>(totals[i].dzx * share);
+            means_g[i] = c.formula.center ? static_cast<T>(totals[i].dz * share) : T(0);
+            means_gx[i] = static_cast<T>(totals[i].dzx * share);
           }
           int64_t i = 0;
           auto gradients = [&](auto many) {
             T* mine = wants ? dw + entry(first + i, 0) : nullptr;
-            gradient_of_rows(many, first + i, st, i, flat, steep, mine,
+            gradient_of_rows(many, first + i, st, i, means_g, means_gx, mine,
                              mine ? mine + entries : nullptr);
             i += many.count;
           };
