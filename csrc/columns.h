@@ -446,7 +446,8 @@ struct ColumnKernel : Core<S, K> {
         for (int i = 0; i < many.count; ++i) {
           const int64_t down = at + i * columns + j;
           V x, dz = point(p, act, o, r + i, down, part, x);
-          V g_rstd = ByRow ? fma(dz * V(weight(r + i)), o.rstd, -mean_g) : fma(dz, o.scale, -mean_g);
+          V g_rstd = ByRow ? fma(dz * V(weight(r + i)), o.rstd, -mean_g)
+                           : fma(dz, o.scale, -mean_g);
           if constexpr (ByRow) {
             int slot = static_cast<int>(j / V::kLanes % kParts);
             dbias[i].add(slot, dz);
