@@ -237,6 +237,8 @@ std::vector<T> values(const char* op, const char* name, const Optional& t, int64
   return out;
 }
 
+constexpr int64_t kMost = int64_t{1} << 40;  // pools, or channels, of which an empty x may have any
+
 // A call's geometry: where each of the formula's pools lies in memory.
 struct Geometry {
   bool by_rows;
@@ -245,14 +247,13 @@ struct Geometry {
   int64_t entries;                  // of the affine
   std::vector<int64_t> statistics;  // the shape of mean, rstd and var
 
+  // Beyond kMost, kMost + 1: the product may not fit.
   int64_t pools() const {
     int64_t n = 1;
-    for (int64_t size : statistics) n *= size;
+    for (int64_t size : statistics) n = size > 0 && n > kMost / size ? kMost + 1 : n * size;
     return n;
   }
 };
-
-constexpr int64_t kMost = int64_t{1} << 40;  // pools, or channels, of which an empty x may have any
 
 Geometry geometry(const char* op, const Tensor& x, Layout layout, const Pool& pool) {
   const auto [summed, groups, trailing] = pool;

@@ -521,6 +521,14 @@ def test_the_split_verbs_are_the_fused_ones_to_the_bit_and_the_definition(
         ({"x": torch.ones(2, 4, 3, dtype=torch.int32)}, r"x must be float32, bfloat16, float16"),
         ({"act": 9}, r"unknown act 9"),
         ({"act": -1}, r"unknown act -1"),
+        (
+            {"x": torch.empty(2**62, 0), "summed": 2, "groups": 2},
+            r"at most 1099511627776 pools and channels, got shape \(4611686018427387904, 0\)",
+        ),
+        (
+            {"x": torch.empty(0, 2**40), "groups": 2**40},
+            r"at most 1099511627776 pools and channels, got shape \(0, 1099511627776\)",
+        ),
         ({"summed": 4}, r"unknown pool 4"),
         ({"trailing": -1}, r"trailing must be at least 0, got -1"),
         ({"trailing": 1}, r"only pools over axis 1 .*, got 1 with pool ns"),
