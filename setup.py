@@ -51,6 +51,7 @@ CORE = CppExtension(
         *sanitize,
     ],
     extra_link_args=sanitize,
+    depends=glob.glob("csrc/*.h"),
     py_limited_api=True,
     optional=True,
 )

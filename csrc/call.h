@@ -12,7 +12,24 @@ struct Half {
   uint16_t bits;
 };
 
+// The letters that are pooled, as normkit.formula.pool has them; and what follows the affine.
+enum class Summed : int64_t { ns, s, ks, k };
 enum class Act : int64_t { none, relu, leaky_relu, silu, gelu };
+
+struct Pool {
+  Summed summed;
+  int64_t groups;    // channels are cut into these; of batch norm, ghost batches, 0 for one batch
+  int64_t trailing;  // the last axes, where these are pooled instead of the channels
+};
+
+// What is computed, wherever it lies in memory.
+struct Formula {
+  Pool pool;
+  double eps;
+  bool center;
+  Act act;
+  bool given = false;  // the statistics come with the call
+};
 
 // Pools that lie along memory: `segments` runs of `length` elements each, `jump` further on after
 // each `period` pools. The affine is a scalar of each segment, at (pool % period) * pool_step +
@@ -36,21 +53,19 @@ struct Call {
   const void *base, *add;    // where there are any, x is still to be written: base + add
   const uint8_t* mask;
   const void *weight, *bias;  // compute dtype, never null
-  double eps;
-  bool center, given;
+  Formula formula;
   bool stream;  // what is written is too large to be found in a cache later
-  Act act;
   double* mean;    // per pool; read where given, or in a backward
   void *rstd, *var;  // per pool, compute dtype; rstd is read where given
   double *count, *variance;  // per pool, where moments alone are wanted; y is null then
   void* y;
   // A backward reads these, and writes to dx, dz and the sums of each affine entry.
   const void *dy, *dtotal, *output;
-  // dx is null where the sums alone are wanted; flat and steep, <g> and <g x̂> of each pool, may be
+  // dx is null where the sums alone are wanted; the means of g and of g * x̂ over each pool may be
   // there where the statistics are given, and are 0 otherwise.
   void *dx, *dz;
   double *dweight, *dbias;
-  const double *flat, *steep;
+  const double *mean_g, *mean_gx;
 };
 
 // Runs task(begin, end) over parts of [0, n) on torch's threads.

@@ -18,6 +18,7 @@
 #include <sstream>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "call.h"
@@ -84,6 +85,46 @@ const Choice& chosen() {
 }
 
 std::string instructions() { return chosen().name; }
+
+// ---- the codes of pools and activations
+
+template <class E>
+struct Named {
+  E code;
+  const char* name;
+};
+constexpr Named<Summed> kSummed[] = {
+    {Summed::ns, "ns"}, {Summed::s, "s"}, {Summed::ks, "ks"}, {Summed::k, "k"}};
+constexpr Named<Act> kActs[] = {{Act::none, "None"},
+                                {Act::relu, "relu"},
+                                {Act::leaky_relu, "leaky_relu"},
+                                {Act::silu, "silu"},
+                                {Act::gelu, "gelu"}};
+
+// The name of a code, or null where it has none.
+template <class E, size_t N>
+const char* name_of(const Named<E> (&names)[N], E code) {
+  for (const auto& one : names)
+    if (one.code == code) return one.name;
+  return nullptr;
+}
+
+template <class E, size_t N>
+void check_code(const char* op, const char* what, const Named<E> (&names)[N], E code) {
+  STD_TORCH_CHECK(name_of(names, code), op, ": unknown ", what, " ", static_cast<int64_t>(code));
+}
+
+// As backend/cpu.py has them too, which compares.
+std::string codes() {
+  std::ostringstream out;
+  auto list = [&](const auto& names) {
+    for (const auto& [code, name] : names)
+      out << (out.tellp() > 0 ? " " : "") << name << "=" << static_cast<int64_t>(code);
+  };
+  list(kSummed);
+  list(kActs);
+  return out.str();
+}
 
 // ---- checks
 
@@ -161,13 +202,6 @@ void each(const Tensor& t, int64_t n, F f) {
   for (int64_t i = 0; i < n; ++i) f(i, p[i]);
 }
 
-float widened(BFloat16 value) {
-  uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
 void check_values(const char* op, const char* name, const Tensor& t, int64_t n) {
   check_cpu(op, name, t);
   STD_TORCH_CHECK(t.numel() == n, op, ": ", name, " must have ", n, " values, got shape ",
@@ -191,7 +225,9 @@ std::vector<T> values(const char* op, const char* name, const Optional& t, int64
       each<double>(*t, n, put);
       break;
     case kBFloat16:
-      each<BFloat16>(*t, n, [&](int64_t i, BFloat16 v) { put(i, widened(v)); });
+      each<torch::headeronly::BFloat16>(*t, n, [&](int64_t i, auto v) {
+        put(i, static_cast<float>(v));
+      });
       break;
     default:
       each<torch::headeronly::Half>(*t, n, [&](int64_t i, auto v) {
@@ -201,6 +237,8 @@ std::vector<T> values(const char* op, const char* name, const Optional& t, int64
   return out;
 }
 
+constexpr int64_t kMost = int64_t{1} << 40;  // pools, or channels, of which an empty x may have any
+
 // A call's geometry: where each of the formula's pools lies in memory.
 struct Geometry {
   bool by_rows;
@@ -209,18 +247,16 @@ struct Geometry {
   int64_t entries;                  // of the affine
   std::vector<int64_t> statistics;  // the shape of mean, rstd and var
 
+  // Beyond kMost, kMost + 1: the product may not fit.
   int64_t pools() const {
     int64_t n = 1;
-    for (int64_t size : statistics) n *= size;
+    for (int64_t size : statistics) n = size > 0 && n > kMost / size ? kMost + 1 : n * size;
     return n;
   }
 };
 
-enum Summed : int64_t { kNS, kS, kKS, kK };
-constexpr int64_t kMost = int64_t{1} << 40;  // pools, or channels, of which an empty x may have any
-
-Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed, int64_t groups,
-                  int64_t trailing) {
+Geometry geometry(const char* op, const Tensor& x, Layout layout, const Pool& pool) {
+  const auto [summed, groups, trailing] = pool;
   Geometry g{};
   int64_t dim = x.dim();
   auto rows = [&](int64_t pools, int64_t segments, int64_t length, int64_t pool_stride,
@@ -236,8 +272,9 @@ Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed
     g.columns = {outer, rows, columns, group, repeat, per_row};
   };
   if (trailing > 0) {
-    STD_TORCH_CHECK(summed == kK, op, ": only pools over axis 1 or the last axes take trailing, got ",
-                    trailing, " with pool ", summed);
+    STD_TORCH_CHECK(summed == Summed::k, op,
+                    ": only pools over axis 1 or the last axes take trailing, got ", trailing,
+                    " with pool ", name_of(kSummed, summed));
     STD_TORCH_CHECK(trailing <= dim, op, ": trailing must be at most x's rank ", dim, ", got ",
                     trailing);
     STD_TORCH_CHECK(layout == Layout::contiguous, op,
@@ -250,15 +287,14 @@ Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed
     g.entries = length;
     return g;
   }
-  STD_TORCH_CHECK(trailing == 0 && summed >= kNS && summed <= kK, op, ": unknown pool ", summed,
-                  " with trailing ", trailing);
+  STD_TORCH_CHECK(trailing == 0, op, ": trailing must be at least 0, got ", trailing);
   STD_TORCH_CHECK(dim >= 2, op, ": x must be (N, C, *), got shape ", shown(x.sizes()));
   int64_t n = x.size(0), channels = x.size(1), s = 1;
   for (int64_t i = 2; i < dim; ++i) s *= x.size(i);
   bool last = layout == Layout::channels_last || s == 1;
   g.entries = channels;
   switch (summed) {
-    case kNS: {
+    case Summed::ns: {
       // `groups` of batch norm is the number of ghost batches, 0 for one batch without that axis.
       int64_t ghosts = groups > 0 ? groups : 1, each = n / ghosts;
       STD_TORCH_CHECK(groups >= 0 && n % ghosts == 0, op, ": groups must be a number of equal ",
@@ -274,14 +310,14 @@ Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed
              ghosts > 1 ? (each - 1) * channels * s : 0);
       break;
     }
-    case kS:
+    case Summed::s:
       g.statistics = {n, channels};
       if (last && s > 1)
         columns(n, s, channels, 1, 1, false);
       else
         rows(n * channels, 1, s, s, s, channels, 1, 0, false);
       break;
-    case kKS: {
+    case Summed::ks: {
       STD_TORCH_CHECK(groups > 0 && channels % groups == 0, op, ": groups must divide the ",
                       channels, " channels, got ", groups);
       int64_t k = channels / groups;
@@ -294,7 +330,7 @@ Geometry geometry(const char* op, const Tensor& x, Layout layout, int64_t summed
         rows(n * groups, k, s, k * s, s, groups, k, 1, false);
       break;
     }
-    default:
+    case Summed::k:
       g.statistics = {n};
       for (int64_t i = 2; i < dim; ++i) g.statistics.push_back(x.size(i));
       if (last)
@@ -362,11 +398,6 @@ Tensor parameter_like(const Tensor& like, const std::vector<double>& values) {
   return t;
 }
 
-Act act_of(const char* op, int64_t act) {
-  STD_TORCH_CHECK(act >= 0 && act <= static_cast<int64_t>(Act::gelu), op, ": unknown act ", act);
-  return static_cast<Act>(act);
-}
-
 const void* data(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // What both directions check and set up alike.
@@ -379,20 +410,22 @@ struct Prepared {
   Call call{};
 
   Prepared(const char* op, const Tensor& x, const Optional& weight_, const Optional& bias_,
-           const Optional& residual, const Optional& mask, int64_t summed, int64_t groups,
-           int64_t trailing, double eps, bool center, int64_t act, bool given) {
+           const Optional& residual, const Optional& mask, const Formula& formula) {
     check_cpu(op, "x", x);
+    check_code(op, "pool", kSummed, formula.pool.summed);
+    check_code(op, "act", kActs, formula.act);
     storage = storage_of(op, "x", x);
     compute = storage == kDouble ? ScalarType::Double : ScalarType::Float;
     layout = layout_of(x);
     STD_TORCH_CHECK(layout != Layout::other, op,
                     ": x must be contiguous or channels_last, got strides ", shown(x.strides()));
-    STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps must be finite and >= 0, got ", eps);
-    geometry = normkit::geometry(op, x, layout, summed, groups, trailing);
+    STD_TORCH_CHECK(formula.eps >= 0 && std::isfinite(formula.eps), op,
+                    ": eps must be finite and >= 0, got ", formula.eps);
+    geometry = normkit::geometry(op, x, layout, formula.pool);
     STD_TORCH_CHECK(geometry.pools() <= kMost && geometry.entries <= kMost, op,
                     ": x must have at most ", kMost, " pools and channels, got shape ",
                     shown(x.sizes()));
-    call.given = given;
+    call.formula = formula;
     if (residual) check_like(op, "residual", *residual, x, layout, x.scalar_type());
     if (mask) check_like(op, "mask", *mask, x, layout, ScalarType::Bool);
     if (x.numel() > 0 || weight_) call.weight = affine(op, "weight", weight_, 1, weight);
@@ -400,10 +433,7 @@ struct Prepared {
     call.x = x.const_data_ptr();
     call.residual = data(residual);
     call.mask = static_cast<const uint8_t*>(data(mask));
-    call.eps = eps;
-    call.center = center;
     call.stream = static_cast<size_t>(x.numel()) * x.element_size() >= kStreamFrom;
-    call.act = act_of(op, act);
   }
 
   // The values of weight or bias in the compute dtype: their own memory where that is their dtype.
@@ -456,16 +486,16 @@ struct Statistics {
 Tensor forward(const char* op, const Tensor& x, const Optional& weight, const Optional& bias,
                const Optional& residual, const Optional& add, Optional& total,
                const Optional& mask, const Optional& given_mean, const Optional& given_var,
-               int64_t summed, int64_t groups, int64_t trailing, double eps, bool center,
-               int64_t act, std::optional<Statistics>* statistics) {
-  Prepared p(op, x, weight, bias, residual, mask, summed, groups, trailing, eps, center, act,
-             given_mean.has_value());
+               Formula formula, std::optional<Statistics>* statistics) {
+  const bool given = formula.given = given_mean.has_value();
+  const double eps = formula.eps;
+  Prepared p(op, x, weight, bias, residual, mask, formula);
   STD_TORCH_CHECK(given_mean.has_value() == given_var.has_value(), op,
                   ": mean and var go together");
   Call& c = p.call;
   int64_t pools = p.geometry.pools();
   std::vector<double> mean, var;
-  if (c.given) {
+  if (given) {
     mean = values<double>(op, "mean", given_mean, pools, 0);
     var = values<double>(op, "var", given_var, pools, 0);
   }
@@ -493,14 +523,14 @@ Tensor forward(const char* op, const Tensor& x, const Optional& weight, const Op
     c.add = add->const_data_ptr();
     c.x = total->mutable_data_ptr();
   }
-  for (int64_t i = 0; i < pools && c.given; ++i) {
+  for (int64_t i = 0; i < pools && given; ++i) {
     double v = var[static_cast<size_t>(i)];
-    c.mean[i] = center ? mean[static_cast<size_t>(i)] : 0;
+    c.mean[i] = formula.center ? mean[static_cast<size_t>(i)] : 0;
     p.put(c.var, i, v);
     p.put(c.rstd, i, 1 / std::sqrt(v + eps));
   }
   if (x.numel() == 0) {
-    for (int64_t i = 0; i < pools && !c.given; ++i) {
+    for (int64_t i = 0; i < pools && !given; ++i) {
       c.mean[i] = 0;
       p.put(c.var, i, 0);
       p.put(c.rstd, i, 1 / std::sqrt(eps));
@@ -512,11 +542,9 @@ Tensor forward(const char* op, const Tensor& x, const Optional& weight, const Op
 }
 
 // Count, mean and biased variance of each pool, in float64.
-Tensor moments(const Tensor& x, Optional mask, int64_t summed, int64_t groups, int64_t trailing,
-               double eps, bool center, int64_t act) {
+Tensor moments(const Tensor& x, const Optional& mask, const Formula& formula) {
   Optional none;
-  Prepared p("normkit::moments", x, none, none, none, mask, summed, groups, trailing, eps, center,
-             act, false);
+  Prepared p("normkit::moments", x, none, none, none, mask, formula);
   int64_t pools = p.geometry.pools();
   auto sizes = p.geometry.statistics;
   sizes.insert(sizes.begin(), 3);
@@ -533,33 +561,33 @@ Tensor moments(const Tensor& x, Optional mask, int64_t summed, int64_t groups, i
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(
-    const Tensor& x, Optional weight, Optional bias, Optional residual, Optional mask,
-    Optional mean, Optional var, int64_t summed, int64_t groups, int64_t trailing, double eps,
-    bool center, int64_t act) {
+    const Tensor& x, const Optional& weight, const Optional& bias, const Optional& residual,
+    const Optional& mask, const Optional& mean, const Optional& var, const Formula& formula) {
   Optional none, total;
   std::optional<Statistics> statistics;
   Tensor y = forward("normkit::normalize", x, weight, bias, residual, none, total, mask, mean, var,
-                     summed, groups, trailing, eps, center, act, &statistics);
+                     formula, &statistics);
   return {y, statistics->mean, statistics->rstd, statistics->var};
 }
 
 // As normalize, y alone.
-Tensor output(const Tensor& x, Optional weight, Optional bias, Optional residual, Optional mask,
-              Optional mean, Optional var, int64_t summed, int64_t groups, int64_t trailing,
-              double eps, bool center, int64_t act) {
+Tensor output(const Tensor& x, const Optional& weight, const Optional& bias,
+              const Optional& residual, const Optional& mask, const Optional& mean,
+              const Optional& var, const Formula& formula) {
   Optional none, total;
-  return forward("normkit::output", x, weight, bias, residual, none, total, mask, mean, var, summed,
-                 groups, trailing, eps, center, act, nullptr);
+  return forward("normkit::output", x, weight, bias, residual, none, total, mask, mean, var,
+                 formula, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_normalize(
-    const Tensor& x, const Tensor& add, Optional weight, Optional bias, Optional mask,
-    int64_t summed, int64_t groups, int64_t trailing, double eps, bool center, int64_t act) {
+    const Tensor& x, const Tensor& add, const Optional& weight, const Optional& bias,
+    const Optional& mask, const Formula& formula) {
   Optional none, total;
   std::optional<Statistics> statistics;
-  STD_TORCH_CHECK(summed == kK, "normkit::add_normalize: only row norms take add");
+  STD_TORCH_CHECK(formula.pool.summed == Summed::k,
+                  "normkit::add_normalize: only row norms take add");
   Tensor y = forward("normkit::add_normalize", x, weight, bias, none, Optional(add), total, mask,
-                     none, none, summed, groups, trailing, eps, center, act, &statistics);
+                     none, none, formula, &statistics);
   return {y, statistics->mean, statistics->rstd, statistics->var, *total};
 }
 
@@ -593,11 +621,9 @@ struct PreparedBackward : Prepared {
 
   PreparedBackward(const char* op, const Tensor& dy, const Tensor& x, const Optional& weight,
                    const Optional& bias, const Optional& residual, const Optional& output,
-                   const Optional& mask, const Tensor& mean, const Tensor& rstd, int64_t summed,
-                   int64_t groups, int64_t trailing, double eps, bool center, int64_t act,
-                   bool given)
-      : Prepared(op, x, weight, bias, residual, mask, summed, groups, trailing, eps, center, act,
-                 given) {
+                   const Optional& mask, const Tensor& mean, const Tensor& rstd,
+                   const Formula& formula)
+      : Prepared(op, x, weight, bias, residual, mask, formula) {
     check_like(op, "dy", dy, x, layout, x.scalar_type());
     if (output) check_like(op, "output", *output, x, layout, x.scalar_type());
     int64_t pools = geometry.pools();
@@ -614,13 +640,14 @@ struct PreparedBackward : Prepared {
 };
 
 // Of batch norm, the sums of dz and of dz * x̂ over each channel, in float64.
-Tensor sums(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, Optional residual,
-            Optional output, Optional mask, const Tensor& mean, const Tensor& rstd, int64_t summed,
-            int64_t groups, int64_t trailing, double eps, bool center, int64_t act) {
+Tensor sums(const Tensor& dy, const Tensor& x, const Optional& weight, const Optional& bias,
+            const Optional& residual, const Optional& output, const Optional& mask,
+            const Tensor& mean, const Tensor& rstd, Formula formula) {
   const char* op = "normkit::sums";
-  STD_TORCH_CHECK(summed == kNS && trailing == 0, op, ": only batch norm is summed by itself");
-  PreparedBackward p(op, dy, x, weight, bias, residual, output, mask, mean, rstd, summed, groups,
-                     trailing, eps, center, act, true);
+  STD_TORCH_CHECK(formula.pool.summed == Summed::ns && formula.pool.trailing == 0, op,
+                  ": only batch norm is summed by itself");
+  formula.given = true;
+  PreparedBackward p(op, dy, x, weight, bias, residual, output, mask, mean, rstd, formula);
   int64_t entries = p.geometry.entries;
   Tensor out = new_tensor({2, entries}, ScalarType::Double);
   Call& c = p.call;
@@ -634,25 +661,26 @@ Tensor sums(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, O
 }
 
 std::tuple<Tensor, Optional, Optional, Optional> normalize_backward(
-    const Tensor& dy, const Tensor& x, Optional weight, Optional bias, Optional residual,
-    Optional output, Optional mask, const Tensor& mean, const Tensor& rstd, Optional flat,
-    Optional steep, Optional dtotal, int64_t summed, int64_t groups, int64_t trailing, double eps,
-    bool center, int64_t act, bool given, bool wants_dz) {
+    const Tensor& dy, const Tensor& x, const Optional& weight, const Optional& bias,
+    const Optional& residual, const Optional& output, const Optional& mask, const Tensor& mean,
+    const Tensor& rstd, const Optional& mean_g, const Optional& mean_gx, const Optional& dtotal,
+    Formula formula, bool given, bool wants_dz) {
   const char* op = "normkit::normalize_backward";
-  PreparedBackward p(op, dy, x, weight, bias, residual, output, mask, mean, rstd, summed, groups,
-                     trailing, eps, center, act, given);
+  formula.given = given;
+  PreparedBackward p(op, dy, x, weight, bias, residual, output, mask, mean, rstd, formula);
   Call& c = p.call;
   if (dtotal) check_like(op, "dtotal", *dtotal, x, p.layout, x.scalar_type());
   c.dtotal = data(dtotal);
-  STD_TORCH_CHECK(flat.has_value() == steep.has_value(), op, ": flat and steep go together");
-  STD_TORCH_CHECK(!flat || (given && trailing == 0), op,
-                  ": flat and steep need given statistics of batch, instance or group norm");
-  std::vector<double> flats, steeps;
-  if (flat) {
-    flats = values<double>(op, "flat", flat, p.geometry.pools(), 0);
-    steeps = values<double>(op, "steep", steep, p.geometry.pools(), 0);
-    c.flat = flats.data();
-    c.steep = steeps.data();
+  STD_TORCH_CHECK(mean_g.has_value() == mean_gx.has_value(), op,
+                  ": mean_g and mean_gx go together");
+  STD_TORCH_CHECK(!mean_g || (given && formula.pool.trailing == 0), op,
+                  ": mean_g and mean_gx need given statistics of batch, instance or group norm");
+  std::vector<double> means_g, means_gx;
+  if (mean_g) {
+    means_g = values<double>(op, "mean_g", mean_g, p.geometry.pools(), 0);
+    means_gx = values<double>(op, "mean_gx", mean_gx, p.geometry.pools(), 0);
+    c.mean_g = means_g.data();
+    c.mean_gx = means_gx.data();
   }
   Tensor dx = new_like(x);
   c.dx = dx.mutable_data_ptr();
@@ -662,7 +690,7 @@ std::tuple<Tensor, Optional, Optional, Optional> normalize_backward(
     c.dz = dz->mutable_data_ptr();
   }
   std::vector<double> weight_sums, bias_sums;
-  const bool wants = (weight || bias) && !flat;  // `sums` has given them already
+  const bool wants = (weight || bias) && !mean_g;  // `sums` has given them already
   if (wants) {
     weight_sums.resize(static_cast<size_t>(p.geometry.entries));
     bias_sums.resize(static_cast<size_t>(p.geometry.entries));
@@ -673,6 +701,47 @@ std::tuple<Tensor, Optional, Optional, Optional> normalize_backward(
   if (wants && weight) dweight = parameter_like(*weight, weight_sums);
   if (wants && bias) dbias = parameter_like(*bias, bias_sums);
   return {dx, dweight, dbias, dz};
+}
+
+// ---- from a schema's arguments to a function's
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+// What of a schema's arguments stands for one of a function's: one, or the six of a formula.
+template <class T>
+constexpr uint64_t kWidth = std::is_same_v<T, Formula> ? 6 : 1;
+
+template <class T>
+T take(const StableIValue*& at) {
+  if constexpr (std::is_same_v<T, Formula>) {
+    Pool pool{static_cast<Summed>(take<int64_t>(at)), take<int64_t>(at), take<int64_t>(at)};
+    return {pool, take<double>(at), take<bool>(at), static_cast<Act>(take<int64_t>(at))};
+  } else {
+    return to<T>(*at++);
+  }
+}
+
+void give(StableIValue* stack, const Tensor& result) { *stack = from(result); }
+template <class... T>
+void give(StableIValue* stack, const std::tuple<T...>& results) {
+  std::apply([&](const auto&... each) { ((*stack++ = from(each)), ...); }, results);
+}
+
+template <class R, class... T>
+void call(R (*function)(T...), StableIValue* stack, uint64_t given) {
+  constexpr uint64_t wanted = (kWidth<std::decay_t<T>> + ...);
+  STD_TORCH_CHECK(given == wanted, "normkit: the schema has ", given,
+                  " arguments where the operator takes ", wanted);
+  const StableIValue* at = stack;
+  std::tuple<std::decay_t<T>...> arguments{take<std::decay_t<T>>(at)...};
+  give(stack, std::apply(function, arguments));
+}
+
+// As TORCH_BOX, of a function that takes a formula.
+template <auto function>
+void boxed(StableIValue* stack, uint64_t arguments, uint64_t) {
+  call(function, stack, arguments);
 }
 
 }  // namespace
@@ -700,7 +769,7 @@ STABLE_TORCH_LIBRARY(normkit, m) {
       "bool center, int act) -> Tensor");
   m.def(
       "normalize_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
-      "Tensor? output, Tensor? mask, Tensor mean, Tensor rstd, Tensor? flat, Tensor? steep, "
+      "Tensor? output, Tensor? mask, Tensor mean, Tensor rstd, Tensor? mean_g, Tensor? mean_gx, "
       "Tensor? dtotal, int summed, int groups, int trailing, float eps, bool center, int act, "
       "bool given, bool wants_dz) "
       "-> (Tensor, Tensor?, Tensor?, Tensor?)");
@@ -708,17 +777,19 @@ STABLE_TORCH_LIBRARY(normkit, m) {
       "move(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, Tensor mean, "
       "Tensor var, float momentum, float unbias) -> ()");
   m.def("instructions() -> str");
+  m.def("codes() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(normkit, CPU, m) {
-  m.impl("normalize", TORCH_BOX(&normkit::normalize));
-  m.impl("output", TORCH_BOX(&normkit::output));
+  m.impl("normalize", normkit::boxed<&normkit::normalize>);
+  m.impl("output", normkit::boxed<&normkit::output>);
   m.impl("move", TORCH_BOX(&normkit::move));
-  m.impl("add_normalize", TORCH_BOX(&normkit::add_normalize));
-  m.impl("moments", TORCH_BOX(&normkit::moments));
-  m.impl("sums", TORCH_BOX(&normkit::sums));
-  m.impl("normalize_backward", TORCH_BOX(&normkit::normalize_backward));
+  m.impl("add_normalize", normkit::boxed<&normkit::add_normalize>);
+  m.impl("moments", normkit::boxed<&normkit::moments>);
+  m.impl("sums", normkit::boxed<&normkit::sums>);
+  m.impl("normalize_backward", normkit::boxed<&normkit::normalize_backward>);
 }
 STABLE_TORCH_LIBRARY_IMPL(normkit, CompositeExplicitAutograd, m) {
   m.impl("instructions", TORCH_BOX(&normkit::instructions));
+  m.impl("codes", TORCH_BOX(&normkit::codes));
 }

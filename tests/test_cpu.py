@@ -520,6 +520,18 @@ def test_the_split_verbs_are_the_fused_ones_to_the_bit_and_the_definition(
         ({"mask": torch.ones(2, 4, 3)}, r"mask must be Bool, got Float"),
         ({"x": torch.ones(2, 4, 3, dtype=torch.int32)}, r"x must be float32, bfloat16, float16"),
         ({"act": 9}, r"unknown act 9"),
+        ({"act": -1}, r"unknown act -1"),
+        (
+            {"x": torch.empty(2**62, 0), "summed": 2, "groups": 2},
+            r"at most 1099511627776 pools and channels, got shape \(4611686018427387904, 0\)",
+        ),
+        (
+            {"x": torch.empty(0, 2**40), "groups": 2**40},
+            r"at most 1099511627776 pools and channels, got shape \(0, 1099511627776\)",
+        ),
+        ({"summed": 4}, r"unknown pool 4"),
+        ({"trailing": -1}, r"trailing must be at least 0, got -1"),
+        ({"trailing": 1}, r"only pools over axis 1 .*, got 1 with pool ns"),
         ({"eps": -1.0}, r"eps must be finite and >= 0, got -1"),
         ({"summed": 2, "groups": 3}, r"groups must divide the 4 channels, got 3"),
         ({"mean": torch.zeros(4)}, r"mean and var go together"),
@@ -549,6 +561,13 @@ def test_nan_and_inf_stay_where_they_are(pool):
     assert y[~hit].isfinite().all()
     assert dx[~hit].isfinite().all()
     assert not y[hit].isfinite().all()
+
+
+@pytest.mark.parametrize(("table", "name"), [("_SUMMED", "ns"), ("_ACTS", "silu")])
+def test_a_core_that_numbers_otherwise_is_refused(table, name, monkeypatch):
+    monkeypatch.setitem(getattr(cpu, table), name, 7)
+    with pytest.raises(RuntimeError, match=rf"{name}=7.*, got .*{name}=[03].*; build the core"):
+        cpu.available.__wrapped__()
 
 
 def test_the_choice_is_visible():

@@ -33,6 +33,7 @@ def available() -> str | None:
         torch.ops.load_library(str(built[0]))
     except OSError as error:
         return f"the C++ core can't be loaded: {error}"
+    _check_codes(built[0])
     _register_shapes()
     _register_zeros()
     try:
@@ -40,6 +41,19 @@ def available() -> str | None:
     except RuntimeError as error:
         return "NORMKIT_CPU=" + str(error).splitlines()[0].partition("NORMKIT_CPU=")[2]
     return None
+
+
+def _check_codes(core: Path) -> None:
+    """Pools and activations must have the numbers here that they have in the core."""
+    pairs = [*_SUMMED.items(), *_ACTS.items()]
+    ours = " ".join(f"{name}={code}" for name, code in pairs)
+    operators = torch.ops.normkit
+    theirs = operators.codes() if hasattr(operators, "codes") else "an unknown list"
+    if theirs != ours:
+        raise RuntimeError(
+            "the C++ core must number pools and activations as normkit.backend.cpu does, "
+            f"{ours}, got {theirs} from {core}; build the core of this version: reinstall normkit"
+        )
 
 
 def instructions() -> str:
