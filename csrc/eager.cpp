@@ -560,6 +560,7 @@ bool batch_layer(PyObject* const* args, Call& c) {
            *batches = layer.tensor(NAME("num_batches_tracked"));
   if (!mean || !var || !batches) return false;
   bool tracked = !absent(mean) && !absent(var);
+  if (frozen && !tracked) return false;
   bool by_running = tracked && (frozen || !training);
   bool moving = training && tracking && !by_running;
   if (!by_running && training && !(by_batch && absent(layer[NAME("merge")]))) return false;
