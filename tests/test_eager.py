@@ -222,7 +222,11 @@ class _Scaled(nn.Module):
 
 
 class _FunctionMode(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        self.seen = []
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
         return function(*args, **(kwargs or {}))
 
 
@@ -273,7 +277,6 @@ REFUSED = {
     "grad": lambda layer, x: torch.func.grad(lambda x: layer(x).sum())(x),
     "jvp": lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
     "forward mode": _forward_mode,
-    "a function mode": _inside(_FunctionMode),
     "a dispatch mode": _inside(_DispatchMode),
     "a subclass": lambda layer, x: layer(x.as_subclass(_Subclass)),
     "hooks on saved tensors": _inside(
@@ -292,6 +295,15 @@ REFUSED = {
     "fx": lambda layer, x: torch.fx.symbolic_trace(layer),
     "fake tensors": _fake,
 }
+
+
+def test_a_function_mode_sees_the_function_before_the_extension_takes_it():
+    layer, x = normkit.GroupNorm(2, 6), torch.randn(IMAGE)
+    with _FunctionMode() as mode:
+        y, count = _taken(lambda: layer(x))
+    assert F.group_norm in mode.seen
+    assert count == 1
+    assert torch.equal(y, layer(x))
 
 
 @pytest.mark.parametrize("why", REFUSED)

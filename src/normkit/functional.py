@@ -114,6 +114,8 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithms 1 and 2; ghost batches: Hoffer,
     Hubara & Soudry 2017 (arXiv 1705.08741), Algorithm 1, with a whole batch's running statistics.
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, mask, residual):
+        return overridden(batch_norm, locals())
     if not is_compiling():
         taken = calls.batch_norm(
             *(input, running_mean, running_var, weight, bias, training, momentum, eps),
@@ -121,8 +123,6 @@ def batch_norm(
         )
         if taken is not NotImplemented:
             return taken
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, mask, residual):
-        return overridden(batch_norm, locals())
     check_batch(input, running_mean, running_var, momentum, ranks, moving=training)
     affine = Affine.of(BATCH, input, (input.shape[1],), weight, bias)
     if not training:
@@ -285,6 +285,8 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016 (arXiv 1607.08022).
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, mask, residual):
+        return overridden(instance_norm, locals())
     if not is_compiling():
         taken = calls.instance_norm(
             *(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps),
@@ -292,8 +294,6 @@ def instance_norm(
         )
         if taken is not NotImplemented:
             return taken
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, mask, residual):
-        return overridden(instance_norm, locals())
     check_input(input, 2 if ranks else 3, "(N, C, *) with at least one position axis", ranks)
     if ranks and input.dim() == ranks[0]:
         y = instance_norm(
@@ -359,12 +359,12 @@ def group_norm(
 
     Source: Wu & He 2018 (arXiv 1803.08494), equation 7.
     """
+    if has_torch_function_variadic(input, weight, bias, mask, residual):
+        return overridden(group_norm, locals())
     if not is_compiling():
         taken = calls.group_norm(input, num_groups, weight, bias, eps, mask, residual, act)
         if taken is not NotImplemented:
             return taken
-    if has_torch_function_variadic(input, weight, bias, mask, residual):
-        return overridden(group_norm, locals())
     check_input(input, 2, "(N, C, *)")
     channels = input.shape[1]
     num_groups = check_groups(num_groups, channels)
@@ -426,16 +426,16 @@ def layer_norm(
     Source: Ba, Kiros & Hinton 2016 (arXiv 1607.06450), equation 4; over the channels: Liu et al.
     2022 (arXiv 2201.03545).
     """
+    if has_torch_function_variadic(input, weight, bias, mask, add) or (
+        isinstance(input, Tensor) and input.is_nested
+    ):
+        return overridden(layer_norm, locals())
     if not (is_compiling() or cast_before_affine or memory_format):
         taken = calls.layer_norm(
             *(input, normalized_shape, weight, bias, eps, channels_first, mask, add, act)
         )
         if taken is not NotImplemented:
             return taken
-    if has_torch_function_variadic(input, weight, bias, mask, add) or (
-        isinstance(input, Tensor) and input.is_nested
-    ):
-        return overridden(layer_norm, locals())
     return _row_norm(
         "layer_norm",
         input,
@@ -478,6 +478,10 @@ def rms_norm(
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4; 1 + weight: as in Gemma (arXiv
     2403.08295) and its reference implementation.
     """
+    if has_torch_function_variadic(input, weight, bias, mask, add) or (
+        isinstance(input, Tensor) and input.is_nested
+    ):
+        return overridden(rms_norm, locals())
     if not (is_compiling() or cast_before_affine or memory_format):
         taken = calls.rms_norm(
             *(input, normalized_shape, weight, eps, bias, zero_centered_weight, channels_first),
@@ -485,10 +489,6 @@ def rms_norm(
         )
         if taken is not NotImplemented:
             return taken
-    if has_torch_function_variadic(input, weight, bias, mask, add) or (
-        isinstance(input, Tensor) and input.is_nested
-    ):
-        return overridden(rms_norm, locals())
     if zero_centered_weight and weight is not None:
         weight = 1 + (weight if cast_before_affine else weight.to(compute_dtype(weight.dtype)))
     if eps is None:
