@@ -483,13 +483,17 @@ class Layer {
         parameters_(get(NAME("_parameters"))),
         buffers_(get(NAME("_buffers"))) {}
 
+  // As Python reads it; none where a property stands before the instance's own.
   PyObject* operator[](PyObject* name) const {
+    PyObject* of_type = _PyType_Lookup(type_, name);
+    if (of_type && Py_TYPE(of_type)->tp_descr_set) return nullptr;
     PyObject* own = get(name);
-    return own ? own : _PyType_Lookup(type_, name);
+    return own ? own : of_type;
   }
 
-  // A parameter or a buffer; none where it is parametrized.
+  // A parameter or a buffer; none where it is parametrized, or hidden by another attribute.
   PyObject* tensor(PyObject* name) const {
+    if (_PyType_Lookup(type_, name) || get(name)) return nullptr;
     PyObject* own = get(parameters_, name);
     return own ? own : get(buffers_, name);
   }
@@ -512,8 +516,9 @@ class Layer {
 bool has_rank(PyObject* ranks, const Tensor& x) {
   if (ranks == Py_None) return true;
   if (!ranks || !PyTuple_CheckExact(ranks)) return false;
+  int64_t rank;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(ranks); ++i)
-    if (PyLong_AsLong(PyTuple_GET_ITEM(ranks, i)) == x.dim()) return true;
+    if (read(PyTuple_GET_ITEM(ranks, i), rank) && rank == x.dim()) return true;
   return false;
 }
 
@@ -563,7 +568,9 @@ bool batch_layer(PyObject* const* args, Call& c) {
   if (frozen && !tracked) return false;
   bool by_running = tracked && (frozen || !training);
   bool moving = training && tracking && !by_running;
-  if (!by_running && training && !(by_batch && absent(layer[NAME("merge")]))) return false;
+  // Of a synchronized layer ranks hear in evaluation too.
+  if (!absent(layer[NAME("merge")])) return false;
+  if (!by_running && training && !by_batch) return false;
   if (moving && micro_batches > 1) return false;
   bool read = by_running || moving;
   return batch({args[1], read ? mean : Py_None, read ? var : Py_None,
@@ -718,10 +725,12 @@ bool rows(const RowArguments& a, Call& c) {
 template <bool center>
 bool row_layer(PyObject* const* args, Call& c) {
   Layer layer(args[0]);
-  bool cast;
+  bool cast, zero_centered = false;
   PyObject* bias = args[5];
   if (center) bias = layer.given_or(bias, NAME("bias"));
-  if (!(read(layer[NAME("cast_before_affine")], cast) && absent(layer[NAME("memory_format")])))
+  if (!(read(layer[NAME("cast_before_affine")], cast) && absent(layer[NAME("memory_format")]) &&
+        (center || read(layer[NAME("zero_centered_weight")], zero_centered))) ||
+      (cast && zero_centered))
     return false;
   return absent(args[2]) &&
          rows({args[1], layer[NAME("normalized_shape")], layer.given_or(args[4], NAME("weight")),

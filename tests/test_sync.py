@@ -754,7 +754,7 @@ def test_errors_leave_the_ranks_in_step(ranks):
 def test_ranks_of_another_history_stay_in_step(ranks):
     for rank, found in enumerate(of(ranks, histories)):
         assert found["copied"] == found["pickled"] == found["none at last"] == "none"
-        said = "TypeError: GhostBatchNorm(4" if rank == RANKS - 1 else "none"
+        said = "InputTypeError: GhostBatchNorm(4" if rank == RANKS - 1 else "none"
         assert found["sends nothing"].startswith(said)
         assert "rank 2: InputError: running_mean is on cpu, the input on meta" in found["elsewhere"]
         assert found["batches"] == 1

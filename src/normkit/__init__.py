@@ -14,7 +14,8 @@ else:
 
     def __getattr__(name):
         """Import at the first use, since torch takes seconds and `normkit --help` needs none."""
-        if importlib.util.find_spec(f"{__name__}.{name}"):
+        public = name.isidentifier() and not name.startswith("_")
+        if public and importlib.util.find_spec(f"{__name__}.{name}"):
             return importlib.import_module(f"{__name__}.{name}")
         api = importlib.import_module(f"{__name__}.api")
         if name not in ("__all__", *api.__all__):

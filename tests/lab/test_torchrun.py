@@ -162,7 +162,7 @@ def test_rank_0_tries_a_model_with_synced_norms_of_its_own_by_itself():
 
 class Own(nn.BatchNorm1d):
     def forward(self, x):
-        return super().forward(x) * 1.0
+        return super().forward(x) * 2.0
 
 
 def test_a_norm_that_cannot_be_synced_is_named_with_the_remedy():

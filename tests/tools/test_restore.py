@@ -18,6 +18,14 @@ import normkit
 from normkit.tools.restore import Restoring, preserved, undone_on_failure
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A process that was started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class FrozenDict(dict):
     """diffusers': refuses every change."""
 
@@ -335,6 +343,8 @@ def shapes_of(net):
     return [v[1:] for v in tensors.values()], [(k, *m[:2]) for k, m in modules.items()]
 
 
+# An interrupt may hit a weak reference's callback of torch, where Python can only print it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_ctrl_c_at_any_line_leaves_all_or_nothing(tool):
     TOOLS[tool](prepared(tool))  # what is cached or imported takes lines at the first time only
@@ -354,6 +364,8 @@ def test_a_ctrl_c_at_any_line_leaves_all_or_nothing(tool):
     assert got_out >= 7
 
 
+# An interrupt may hit a weak reference's callback of torch, where Python can only print it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_second_ctrl_c_while_things_are_put_back_waits(tool, monkeypatch):
     """The first comes while the model runs; the second at lines from there to the end."""

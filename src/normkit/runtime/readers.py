@@ -22,17 +22,17 @@ def leave_to_forward(layer: nn.Module) -> None:
     From weight, bias and eps it computes what a plain layer norm would give. It lets modules that
     have hooks alone, so the layer gets one, which does nothing.
     """
-    layer.register_forward_pre_hook(_nothing)
+    layer.register_forward_pre_hook(do_nothing)
 
 
 def is_left_to_forward(layer: nn.Module) -> bool:
-    return _nothing in layer._forward_pre_hooks.values()
+    return do_nothing in layer._forward_pre_hooks.values()
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
     """Hand the hooks of a layer to the one that takes its place; handles still remove them."""
     own = is_left_to_forward(new)
-    for key in [k for k, hook in old._forward_pre_hooks.items() if hook is _nothing]:
+    for key in [k for k, hook in old._forward_pre_hooks.items() if hook is do_nothing]:
         del old._forward_pre_hooks[key]
     for attribute, value in vars(old).items():
         if "_hooks" in attribute:
@@ -41,7 +41,7 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
         leave_to_forward(new)
 
 
-def _nothing(layer: nn.Module, args: Any) -> None:
+def do_nothing(layer: nn.Module, args: Any) -> None:
     pass
 
 

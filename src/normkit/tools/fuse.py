@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from normkit.layers import _Norm
+from normkit.runtime.readers import do_nothing
 from normkit.tools.flow import Flow, Op
 from normkit.tools.fold import TOLERANCE
 from normkit.tools.model import Forward, ToolError, inner, largest, set_training
@@ -161,7 +162,8 @@ def _only_reader(op: Op, flow: Flow) -> Op | str:
 
 def _patched(module: nn.Module) -> str | None:
     """What of a module would be lost or see something else."""
-    if any(vars(module).get(key) for key in _HOOKS):
+    hooks = [hook for key in _HOOKS for hook in (vars(module).get(key) or {}).values()]
+    if any(hook is not do_nothing for hook in hooks):
         return "has hooks"
     if "forward" in vars(module):
         return "has a forward of its own"

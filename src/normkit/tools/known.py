@@ -202,10 +202,10 @@ def children_behind(module: nn.Module) -> Mapping[str, nn.Module]:
 
 def _act(module: nn.Module) -> tuple[str | None, tuple[str, ...]]:
     """The activation inside as in `Norm.act`, and the children that aren't fused."""
-    if isinstance(module, _Norm):
+    if isinstance(module, _Norm) and module._act is not None:
         return module._act, ()
     act = getattr(module, "act", None)
-    if isinstance(act, str):
+    if isinstance(act, str) and not isinstance(module, _Norm):
         return act, ()
     return fused(children_behind(module))
 
