@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import normkit
-from normkit import backend, parametrizations
+from normkit import api, backend, parametrizations
 from normkit.common.files import write
 from normkit.factory import NORMS, Entry, arguments
 from normkit.formula.spec import Inputs, Spec
@@ -91,7 +91,7 @@ def rows(name: str, entry: Entry) -> dict[str, str]:
 
 def make(text: str, **more: Any) -> nn.Module:
     """The layer of a row, with 8 channels in 2 groups, and ghost batches of 4 samples."""
-    return eval(f"{text[:-1]}, **more)", vars(normkit) | {"C": 8, "G": 2, "S": 4, "more": more})
+    return eval(f"{text[:-1]}, **more)", vars(api) | {"C": 8, "G": 2, "S": 4, "more": more})
 
 
 def table_of(*, formula: bool) -> dict[str, str]:
