@@ -5,6 +5,7 @@
 // nothing, answers NotImplemented, and Python's path does the call and raises the errors of input.
 // What is computed is defined there: here the same operators get the same arguments.
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/MemoryFormat.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -684,6 +685,18 @@ bool rounds(const Tensor& x) {
   return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
 }
 
+bool is_channels_last(PyObject* format) {
+  return THPMemoryFormat_Check(format) && reinterpret_cast<THPMemoryFormat*>(format)->memory_format ==
+                                              at::MemoryFormat::ChannelsLast;
+}
+
+// x as `functional.layer_norm` lays it out for that format; differentiable.
+bool to_channels_last(Call& c) {
+  if (c.f.trailing || c.x.dim() != 4 || c.add.defined()) return false;
+  c.x = c.x.contiguous(at::MemoryFormat::ChannelsLast);
+  return true;
+}
+
 struct RowArguments {
   PyObject *input, *shape, *weight, *bias, *eps, *zero_centered, *channels_first, *add, *act;
   bool center;
@@ -728,7 +741,9 @@ bool row_layer(PyObject* const* args, Call& c) {
   bool cast, zero_centered = false;
   PyObject* bias = args[5];
   if (center) bias = layer.given_or(bias, NAME("bias"));
-  if (!(read(layer[NAME("cast_before_affine")], cast) && absent(layer[NAME("memory_format")]) &&
+  PyObject* format = layer[NAME("memory_format")];
+  if (!(read(layer[NAME("cast_before_affine")], cast) && format &&
+        (absent(format) || is_channels_last(format)) &&
         (center || read(layer[NAME("zero_centered_weight")], zero_centered))) ||
       (cast && zero_centered))
     return false;
@@ -737,7 +752,7 @@ bool row_layer(PyObject* const* args, Call& c) {
                bias, layer[NAME("eps")], center ? nullptr : layer[NAME("zero_centered_weight")],
                layer[NAME("channels_first")], args[3], layer[NAME("_act")], center},
               c) &&
-         !(cast && rounds(c.x));
+         !(cast && rounds(c.x)) && (absent(format) || to_channels_last(c));
 }
 
 // input, normalized_shape, weight, bias, eps, channels_first, mask, add, act

@@ -297,6 +297,21 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_layer_that_gives_channels_last_is_taken(memory_format):
+    layer = normkit.LayerNorm(6, channels_first=True, memory_format=torch.channels_last)
+    x = torch.randn(IMAGE).contiguous(memory_format=memory_format).requires_grad_()
+    y, count = _taken(lambda: layer(x))
+    assert count == 1
+    with backend.watch():
+        expected, count = _taken(lambda: layer(x))
+    assert count == 0
+    assert _bits(y) == _bits(expected)
+    assert y.stride() == expected.stride()
+    ours, theirs = (torch.autograd.grad(z.square().sum(), x)[0] for z in (y, expected))
+    assert _bits(ours) == _bits(theirs)
+
+
 def test_a_function_mode_sees_the_function_before_the_extension_takes_it():
     layer, x = normkit.GroupNorm(2, 6), torch.randn(IMAGE)
     with _FunctionMode() as mode:
