@@ -50,6 +50,14 @@ class Swapped:
     affine: str
     note: str
 
+    @property
+    def left(self) -> str | None:
+        """Why the layer stayed as it was; None where it was replaced."""
+        return self.note.removeprefix(_LEFT) if self.note.startswith(_LEFT) else None
+
+
+_LEFT = "left: "
+
 
 def swap(
     model: nn.Module,
@@ -150,8 +158,8 @@ def swap(
 
 
 def _counts(rows: list[Swapped]) -> dict[str, Any]:
-    left = sum(row.note.startswith("left: ") for row in rows)
-    unknown = sum(row.note.startswith("left: unknown norm") for row in rows)
+    reasons = [row.left for row in rows if row.left is not None]
+    left, unknown = len(reasons), sum(why.startswith("unknown norm") for why in reasons)
     facts: dict[str, Any] = {"swapped": len(rows) - left, "left": left}
     if unknown:
         facts["unknown norms"] = unknown
@@ -229,7 +237,7 @@ def _replacement(
     was = type(module).__name__
     norm, why = _taken(module, kind)
     if norm is None:
-        return module, Swapped(name or "the model", was, "-", "-", f"left: {why}")
+        return module, Swapped(name or "the model", was, "-", "-", f"{_LEFT}{why}")
     new = make(kind or norm.kind, norm, number, process_group) if to is None else to(norm.shape[0])
     now = type(new).__name__
     if isinstance(new, nn.GroupNorm):

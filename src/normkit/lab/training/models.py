@@ -172,7 +172,7 @@ def _users(reference: str, norm: NormFactory | None) -> nn.Module:
             f"model {reference!r} takes no norm= and has no norms that could be swapped; give it "
             "an argument norm, a factory norm(features) -> Module or None, or build norms into it"
         )
-    if left := [f"{row.layer} ({row.note})" for row in report.rows if row.note.startswith("left")]:
+    if left := [f"{row.layer} ({row.note})" for row in report.rows if row.left]:
         raise LabError(f"model {reference!r}: norms that can't be swapped: {', '.join(left)}")
     return report.model
 

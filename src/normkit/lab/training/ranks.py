@@ -158,10 +158,10 @@ def synced(model: nn.Module, stats: str | None) -> nn.Module:
 
     report = swap(model, "sync", only=foreign)
     for row in report.rows:
-        if row.note.startswith("left: "):
+        if row.left:
             raise LabError(
                 f"--stats sync can't sync {row.layer} of the model, a {row.was}: "
-                f"{row.note.removeprefix('left: ')}; give --stats local"
+                f"{row.left}; give --stats local"
             )
     model = report.model
     for layer in model.modules():
